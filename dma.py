@@ -1,0 +1,111 @@
+"""DMA regularisation: pull each feature towards the class weight that is already nearest to it in angle.
+
+"DMA Regularization: Enhancing Discriminability of Neural Networks by Decreasing the Minimal Angle".
+
+    cosine_ij = x_i . w_j / (|x_i| |w_j|)              w held constant: the term moves features, not weights
+    theta_i   = arccos(max_j cosine_ij)                the smallest angle to any class, true or not
+    dma_loss  = mean_i 1/2 theta_i^2
+    loss      = cross_entropy(x W^T + b, targets) + coef * dma_loss
+
+Use in a loop of your own:
+
+    head = DMA_Linear(512, 10)                         # in place of nn.Linear(512, 10)
+    logits, cosine = head(features)
+    loss = F.cross_entropy(logits, targets) + 0.5 * dma_loss(cosine)
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class DMA_Linear(nn.Linear):
+    """A linear layer that also says how near, in angle, its input is to each of its weight rows.
+
+    forward(x, targets=None), in training and in evaluation, with x (batch, in_features), returns
+        logits  (batch, out_features)  x W^T + b, in the dtype that nn.Linear would give
+        cosine  (batch, out_features)  in [-1, 1] up to rounding, float32 at least, also under autocast
+    The bias is not part of the angle, `targets` are not used, and no gradient reaches the weight through cosine.
+    A zero vector has cosine 0 to everything, and gradient 0.
+    """
+
+    def forward(self, x, targets=None):
+        logits = super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            # bfloat16 would round every angle under 3.6 degrees to 0
+            cosine = F.linear(unit_rows(x), unit_rows(self.weight.detach()).to(at_least_float32(x)))
+        return logits, cosine
+
+
+def dma_loss(cosine):
+    """mean over the batch of 1/2 theta^2, in squared radians, where theta = arccos(max over classes of cosine).
+
+    cosine: (batch, classes), of any floating dtype. Returns a scalar in [0, pi^2 / 2], 0 for an empty batch.
+    Raises ValueError if cosine has another shape.
+    """
+    if cosine.dim() != 2 or cosine.shape[1] == 0:
+        raise ValueError(f'dma_loss takes cosines (batch, classes) with at least one class, was given {tuple(cosine.shape)}')
+    nearest = cosine.to(at_least_float32(cosine)).max(dim=1).values
+    return _HalfSquaredAngle.apply(nearest).sum() / max(len(nearest), 1)
+
+
+class _HalfSquaredAngle(torch.autograd.Function):
+    """f(c) = 1/2 arccos(c)^2, with f'(c) = -theta / sin(theta), whose limit at c = 1 is -1.
+
+    The chain rule through arccos gives 0 * inf there. At c = -1 the slope really is infinite; sin(theta) is kept at
+    or above the rounding error of the cosine, which leaves it finite.
+    """
+
+    @staticmethod
+    def forward(ctx, cosine):
+        cosine = cosine.clamp(-1, 1)
+        ctx.save_for_backward(cosine)
+        return 0.5 * torch.arccos(cosine) ** 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        cosine, = ctx.saved_tensors
+        theta = torch.arccos(cosine)
+        sine = torch.sqrt((1 - cosine) * (1 + cosine)).clamp(min=torch.finfo(cosine.dtype).eps ** 0.5)
+        return -grad * torch.where(cosine > 0, 1 / torch.sinc(theta / torch.pi), theta / sine)
+
+
+def unit_rows(vectors):
+    """Each row of (rows, columns) divided by its length; a row too short to divide by becomes 0, with gradient 0."""
+    vectors = vectors.to(at_least_float32(vectors))
+    # Scaled by the largest entry first, so that squares neither overflow nor vanish; the direction does not change.
+    largest = vectors.detach().abs().amax(dim=1, keepdim=True)
+    vectors = vectors / largest.masked_fill(largest < torch.finfo(vectors.dtype).tiny, torch.inf)
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / length.masked_fill(length == 0, torch.inf)
+
+
+def at_least_float32(tensor):
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def add_arguments(parser):
+    parser.add_argument('--dma-coef', type=float, default=0.5, metavar='C', help='weight of dma_loss (0.5)')
+
+
+def head(args):
+    """`args` -> (in_features, num_classes) -> module."""
+    return DMA_Linear
+
+
+def loss_term(args):
+    """`args` -> (outputs, targets, activations) -> scalar, where outputs are (logits, cosine)."""
+    return lambda outputs, targets, activations: args.dma_coef * dma_loss(outputs[1])
+
+
+if __name__ == '__main__':
+    torch.manual_seed(0)
+    layer = DMA_Linear(in_features=4, out_features=3)
+    x, targets = torch.randn(5, 4, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    logits, cosine = layer(x)
+    angles = torch.rad2deg(torch.arccos(cosine.max(dim=1).values))
+    print('nearest class  ', cosine.argmax(dim=1).tolist())
+    print('its angle (deg)', [round(angle, 1) for angle in angles.tolist()])
+    print(f'cross-entropy    {F.cross_entropy(logits, targets):.4f}')
+    print(f'dma_loss         {dma_loss(cosine):.4f}')
+    print(f'total            {F.cross_entropy(logits, targets) + 0.5 * dma_loss(cosine):.4f}')

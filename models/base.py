@@ -1,0 +1,73 @@
+"""What every architecture shares: a swappable classifier head, and one way to refuse an impossible depth."""
+import inspect
+
+from torch import nn
+
+
+class ImageClassifier(nn.Module):
+    """Features, then a head that can be swapped.
+
+    A subclass builds its layers, calls `set_head`, and defines `features(x)`, which maps images
+    (batch, 3, height, width) to features (batch, in_features).
+    """
+
+    def set_head(self, in_features, num_classes, classifier):
+        """`classifier` is any callable (in_features, num_classes) -> module."""
+        self.head = classifier(in_features, num_classes)
+        # A method's head is called with the targets too; nn.Linear knows only features.
+        self.head_takes_targets = 'targets' in inspect.signature(self.head.forward).parameters
+
+    def features(self, x):
+        raise NotImplementedError
+
+    def forward(self, x, targets=None):
+        """Whatever the head returns: logits (batch, num_classes), or a tuple that begins with them.
+
+        x: images (batch, 3, height, width). targets: class indices (batch,), for heads that use them.
+        """
+        features = self.features(x)
+        return self.head(features, targets) if self.head_takes_targets else self.head(features)
+
+
+class StagedClassifier(ImageClassifier):
+    """A network of stages `layer1`, `layer2`, ...: every stage after the first halves the resolution."""
+
+    def add_stages(self, block, blocks, in_channels, widths):
+        """`blocks` blocks a stage, `widths` their output channels; block(in_channels, out_channels, stride) makes one."""
+        for number, width in enumerate(widths, start=1):
+            first = block(in_channels, width, 1 if number == 1 else 2)
+            rest = [block(width, width, 1) for _ in range(blocks - 1)]
+            self.add_module(f'layer{number}', nn.Sequential(first, *rest))
+            in_channels = width
+        self.stages = len(widths)
+
+    def run_stages(self, x):
+        for number in range(1, self.stages + 1):
+            x = getattr(self, f'layer{number}')(x)
+        return x
+
+
+def global_average_pool(x):
+    """(batch, channels, height, width) -> (batch, channels), for any height and width."""
+    return x.mean(dim=(2, 3))
+
+
+def he_initialise(model):
+    """He et al. (2015), normal, by fan-out: every convolution of `model`; batch norms and biases as PyTorch sets them."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def blocks_per_stage(network, depth, layers_per_block, extra_layers):
+    """The n of depth = layers_per_block * n + extra_layers; ValueError, naming the nearest depths, if there is none."""
+    blocks, rest = divmod(depth - extra_layers, layers_per_block)
+    if rest == 0 and blocks >= 1:
+        return blocks
+    below = max(blocks, 1) * layers_per_block + extra_layers
+    above = max(blocks + 1, 1) * layers_per_block + extra_layers
+    nearest = f'{below} and {above}' if above > below else f'{below}'
+    raise ValueError(f'{network} has a depth of {layers_per_block}n+{extra_layers}, so {depth} is impossible; '
+                     f'the nearest possible: {nearest}')

@@ -1,0 +1,50 @@
+"""Architectures for 32x32 images. The list below is the one that `--arch` offers.
+
+`build` makes one of them. Every constructor takes num_classes and classifier, and those options of its own
+that its signature names; the flags that set them are in OPTION_FLAGS.
+"""
+import inspect
+
+import torch.nn as nn
+
+from models.cifar.alexnet import alexnet
+from models.cifar.densenet import densenet
+from models.cifar.preresnet import preactresnet18, preresnet
+from models.cifar.resnet import resnet, resnet18
+from models.cifar.resnext import resnext
+from models.cifar.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from models.cifar.wrn import wrn
+
+MODELS = {
+    'alexnet': alexnet,
+    'vgg11': vgg11, 'vgg11_bn': vgg11_bn, 'vgg13': vgg13, 'vgg13_bn': vgg13_bn,
+    'vgg16': vgg16, 'vgg16_bn': vgg16_bn, 'vgg19': vgg19, 'vgg19_bn': vgg19_bn,
+    'resnet': resnet, 'resnet18': resnet18,
+    'preresnet': preresnet, 'preactresnet18': preactresnet18,
+    'resnext': resnext, 'wrn': wrn, 'densenet': densenet,
+}
+
+OPTION_FLAGS = {
+    'depth': '--depth', 'block_name': '--block-name', 'cardinality': '--cardinality', 'widen_factor': '--widen-factor',
+    'growth_rate': '--growthRate', 'compression_rate': '--compressionRate', 'drop_rate': '--drop',
+}
+
+
+def resolve_options(arch, options):
+    """Every option of `arch`, from `options` (None = not given) or its default.
+
+    ValueError if `options` has one that the architecture does not know.
+    """
+    known = {name: parameter.default for name, parameter in inspect.signature(MODELS[arch]).parameters.items()
+             if name not in ('num_classes', 'classifier')}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in known:
+            takes = ', '.join(OPTION_FLAGS[option] for option in known) or 'no such option'
+            raise ValueError(f'{OPTION_FLAGS[name]} is not used by --arch {arch}, which takes {takes}')
+    return {**known, **given}
+
+
+def build(arch, num_classes, classifier=nn.Linear, **options):
+    """The network `arch`. ValueError for an option it does not know or a depth that it cannot have."""
+    return MODELS[arch](num_classes, classifier, **resolve_options(arch, options))

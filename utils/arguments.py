@@ -1,0 +1,59 @@
+"""argparse, with the few habits that all scripts here share."""
+import argparse
+import math
+import sys
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one sentence; flags are read without regard to case, `-` and `_`: `--train_batch`, `--manual-seed`.
+
+    After `parse_args` the namespace has `given`: the set of names that the command line set itself.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+
+    def parse_args(self, args=None, defaults=None):
+        """`defaults` (name -> value) stand in for the declared ones, where the parser knows the name."""
+        words = self._canonical(sys.argv[1:] if args is None else args)
+        declared = vars(super().parse_args([]))
+        unset = object()
+        read = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
+        given = {name: value for name, value in read.items() if value is not unset}
+        inherited = {name: value for name, value in (defaults or {}).items() if name in declared}
+        return argparse.Namespace(**{**declared, **inherited, **given}, given=set(given))
+
+    def _canonical(self, words):
+        spelling = {_bare(flag): flag for flag in self._option_string_actions if flag.startswith('--')}
+        result = []
+        for word in words:
+            flag, equals, value = word.partition('=')
+            result.append(spelling.get(_bare(flag), flag) + equals + value if word.startswith('--') else word)
+        return result
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=110)
+
+
+def _bare(flag):
+    return flag.lower().replace('-', '').replace('_', '')
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float in [low, high], or in (low, high] with above=True."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high or value == math.inf:
+            what = 'a whole number' if kind is int else 'a number'
+            bounds = f'{"above" if above else "of at least"} {low}' + ('' if high == math.inf else f' and at most {high}')
+            raise argparse.ArgumentTypeError(f'must be {what} {bounds}, was given {text}')
+        return value
+    return convert

@@ -1,0 +1,38 @@
+"""The progress line: a bar with ETA on a terminal, nothing elsewhere; each epoch prints a line of its own in any case."""
+import sys
+import time
+
+from progress import SHOW_CURSOR
+from progress.bar import Bar
+
+
+class ProgressLine(Bar):
+    """A bar over `batches` batches, with what their meter says.
+
+    Reading the meter waits for the device, so it happens twice a second (every five seconds without a terminal).
+    """
+    width = 20
+
+    def __init__(self, title, batches, file=sys.stderr):
+        super().__init__(title, max=batches, file=file)
+        self.interval, self.read = (0.5 if self.is_tty() else 5.0), time.perf_counter()
+        self.began, self.done, self.data_seconds = self.read, 0, 0.0
+
+    def advance(self, meter, data_seconds=0.0):
+        """One more batch is done, after `data_seconds` of getting it. True if this was a time to read the meter."""
+        self.done += 1
+        self.data_seconds += data_seconds
+        now = time.perf_counter()
+        if now - self.read < self.interval:
+            return False
+        self.read = now
+        self.suffix = (f'%(index)d/%(max)d | data {self.data_seconds / self.done:.3f}s | batch {(now - self.began) / self.done:.3f}s '
+                       f'| ETA %(eta_td)s | {meter}')
+        self.goto(self.done)
+        return True
+
+    def finish(self):
+        """Takes the line away again, for what is printed next."""
+        if self.is_tty():
+            print('\r\033[K' + SHOW_CURSOR, end='', file=self.file, flush=True)
+            self._hidden_cursor = False

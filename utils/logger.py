@@ -1,0 +1,65 @@
+"""log.txt: one tab-separated row per epoch, under a header; and the curves drawn from it."""
+import os
+
+from utils.errors import UserError
+from utils.files import replacing
+
+
+class Logger:
+    """Appends rows to `path`. With `rows`, those of the run being resumed, it begins with them."""
+
+    def __init__(self, path, columns, rows=()):
+        self.path, self.columns = path, columns
+        with replacing(path) as temporary, open(temporary, 'w') as file:
+            file.write('\t'.join(columns) + '\n')
+            file.writelines('\t'.join(row) + '\n' for row in rows)
+
+    def append(self, values):
+        with open(self.path, 'a') as file:
+            file.write('\t'.join(_text(value) for value in values) + '\n')
+
+
+def _text(value):
+    return str(value) if isinstance(value, int) else f'{value:.6g}'
+
+
+def read_rows(path, columns, epochs):
+    """The rows, as text, of the first `epochs` epochs in the log at `path`; none if there is no such file (or path is None).
+
+    A process that was killed may have left a row of an epoch that no checkpoint has, or half a row: those are dropped.
+    UserError if the log has other columns.
+    """
+    if path is None or not os.path.exists(path):
+        return []
+    with open(path) as file:
+        header, *lines = file.read().splitlines() or ['']
+    if header.split('\t') != columns:
+        raise UserError(f'{path} has the columns {header.split(chr(9))}, but this run writes {columns}; '
+                        'resume into a new --checkpoint folder')
+    rows = [line.split('\t') for line in lines]
+    return [row for row in rows if len(row) == len(columns) and int(row[0]) <= epochs]
+
+
+def read_log(path):
+    """A log as a dict of column name -> list of floats."""
+    with open(path) as file:
+        names, *rows = [line.rstrip('\n').split('\t') for line in file]
+    return {name: [float(row[i]) for row in rows] for i, name in enumerate(names)}
+
+
+def plot_log(path, *pictures):
+    """Draw loss and top-1 accuracy of the log at `path` over epochs, into each file of `pictures`."""
+    from matplotlib.figure import Figure  # a second of import time that a short command should not pay
+
+    log = read_log(path)
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    for axes, quantity in zip(figure.subplots(1, 2), ('Loss', 'Top-1')):
+        for column, values in log.items():
+            if column.endswith(quantity):
+                axes.plot(log['Epoch'], values, label=column, marker='.' if len(values) < 30 else None)
+        axes.set(xlabel='epoch', ylabel='loss' if quantity == 'Loss' else 'top-1 accuracy (%)')
+        axes.grid(alpha=0.3)
+        axes.legend()
+    for picture in pictures:
+        with replacing(picture) as temporary:
+            figure.savefig(temporary, dpi=120)

@@ -1,0 +1,82 @@
+"""Where methods are listed, and how the chosen ones are put together. No other file knows their names.
+
+A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs:
+    head(args)            -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
+    loss_term(args)       -> (outputs, targets, activations) -> scalar, added to the cross-entropy
+    optimizer(args)       -> a class or function (params, lr, **options) -> optimizer, used in place of torch.optim.SGD
+A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it.
+"""
+import argparse
+
+import torch
+from torch import nn
+
+import dma
+from utils.eval import cross_entropy
+
+METHODS = {
+    'dma': dma,
+}
+
+
+def add_arguments(parser):
+    """--method, --coef, and a group of flags for each method."""
+    group = parser.add_argument_group('method')
+    group.add_argument('--method', nargs='+', choices=METHODS, default=[], metavar='NAME',
+                       help=f'one or several of: {", ".join(METHODS)} (none: cross-entropy)')
+    group.add_argument('--coef', type=float, metavar='C', help="weight of the method's loss term")
+    for name, module in METHODS.items():
+        module.add_arguments(parser.add_argument_group(f'--method {name}'))
+
+
+def check_arguments(args, parser):
+    """Refuse what cannot combine and flags of methods that are not selected; give --coef to the term that it means."""
+    for name in args.method:
+        if args.method.count(name) > 1:
+            parser.error(f'--method names {name} twice; once is enough')
+    for part, why in (('head', 'a network has one'), ('optimizer', 'a step has one')):
+        having = [name for name in args.method if hasattr(METHODS[name], part)]
+        if len(having) > 1:
+            parser.error(f'--method {" and ".join(having)} cannot combine: each brings its own {part}, and {why}')
+    for name, module in METHODS.items():
+        unused = sorted(_flags(module) & args.given)
+        if unused and name not in args.method:
+            parser.error(f'--{unused[0].replace("_", "-")} is a flag of --method {name}, which is not selected')
+    if args.coef is not None:
+        weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
+        if len(weighted) != 1:
+            parser.error('--coef weighs the loss term of the one selected method that has one, but '
+                         + (' and '.join(weighted) + ' each do; use ' + ' and '.join(f'--{name}-coef' for name in weighted)
+                            if weighted else f'--method {" ".join(args.method) or "(none)"} has none'))
+        setattr(args, f'{weighted[0]}_coef', args.coef)
+
+
+def _flags(module):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return set(vars(parser.parse_args([])))
+
+
+def _chosen(args, part):
+    return [getattr(METHODS[name], part)(args) for name in args.method if hasattr(METHODS[name], part)]
+
+
+def build_head(args):
+    """The classifier that models are built with."""
+    return (_chosen(args, 'head') or [nn.Linear])[0]
+
+
+def build_criterion(args):
+    """(outputs, targets) -> scalar: cross-entropy plus the chosen methods' terms."""
+    terms = _chosen(args, 'loss_term')
+
+    def criterion(outputs, targets):
+        return cross_entropy(outputs, targets) + sum(term(outputs, targets, ()) for term in terms)
+
+    return criterion
+
+
+def build_optimizer(args, params):
+    """SGD, or what the chosen method puts in its place."""
+    make = (_chosen(args, 'optimizer') or [torch.optim.SGD])[0]
+    return make(params, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
