@@ -209,7 +209,7 @@ def mean_and_std(images):
     values = torch.arange(256, dtype=torch.float64)
     mean, std = [], []
     for channel in range(3):
-        share = torch.bincount(images[..., channel].flatten(), minlength=256) / (images.numel() / 3)
+        share = torch.bincount(images[..., channel].flatten(), minlength=256).double() / (images.numel() / 3)
         mean.append((share * values).sum().item())
         std.append((share * (values - mean[-1]) ** 2).sum().sqrt().item())
     return mean, std

@@ -1,0 +1,317 @@
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import cifar
+from utils import data, methods
+from utils.errors import UserError
+from utils.logger import read_log
+
+ROOT = pathlib.Path(__file__).parent.parent
+# A small network with dropout, so that PyTorch's own random state matters, on data that needs no download.
+RUN = '--dataset digits --arch densenet --depth 10 --growthRate 4 --drop 0.2 --method dma --epochs 4 --lr-schedule cosine ' \
+      '--manualSeed 123 --deterministic'
+
+
+def start(flags, **options):
+    return subprocess.Popen([sys.executable, 'cifar.py', *shlex.split(flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **options)
+
+
+def finish(process):
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stdout + stderr
+    return stdout
+
+
+def call(monkeypatch, flags):
+    """main() in this process, which saves the seconds that importing PyTorch takes."""
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
+    cifar.main()
+
+
+def tensors(value, path=''):
+    """Every tensor and number in a checkpoint, by its path."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        value = list(enumerate(value))
+    else:
+        return {path: value}
+    return {key: leaf for name, part in value for key, leaf in tensors(part, f'{path}/{name}').items()}
+
+
+def assert_same_run(folder, reference):
+    for name in ('checkpoint.pth.tar', 'model_best.pth.tar'):
+        ours, theirs = (tensors(torch.load(os.path.join(path, name), weights_only=True)) for path in (folder, reference))
+        assert ours.keys() == theirs.keys() and len(ours) > 100
+        for key, value in ours.items():
+            assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], key
+    logs = [[line.split('\t')[:-1] for line in pathlib.Path(path, 'log.txt').read_text().splitlines()] for path in (folder, reference)]
+    assert logs[0] == logs[1] and len(logs[0]) == 5
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('runs') / 'reference')
+    finish(start(f'{RUN} --checkpoint {folder}'))
+    return folder
+
+
+# Exactness
+
+def test_the_same_seed_gives_the_same_bits(reference, tmp_path):
+    finish(start(f'{RUN} --checkpoint {tmp_path}/again'))
+    assert_same_run(f'{tmp_path}/again', reference)
+    other = torch.load(f'{reference}/checkpoint.pth.tar', weights_only=True)
+    finish(start(f'{RUN} --manualSeed 124 --checkpoint {tmp_path}/other'))
+    different = torch.load(f'{tmp_path}/other/checkpoint.pth.tar', weights_only=True)
+    assert not torch.equal(different['state_dict']['head.weight'], other['state_dict']['head.weight'])
+
+
+@pytest.mark.parametrize('kill, epochs_done', [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 1), (signal.SIGTERM, 3)])
+def test_stopped_in_the_middle_of_an_epoch_and_resumed(kill, epochs_done, reference, tmp_path):
+    folder = tmp_path / 'a run'
+    process = start(f'{RUN} --checkpoint {shlex.quote(str(folder))}')
+    while not (folder / 'checkpoint.pth.tar').exists() or torch.load(folder / 'checkpoint.pth.tar')['epoch'] < epochs_done:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(kill)
+    _, stderr = process.communicate(timeout=60)
+    resume = f'--resume {shlex.quote(str(folder / "checkpoint.pth.tar"))}'
+    if kill == signal.SIGKILL:
+        assert process.returncode == -kill
+    else:
+        assert process.returncode == 128 + kill
+        assert f'Go on with: python cifar.py {resume}' in stderr and 'Traceback' not in stderr
+    assert torch.load(folder / 'checkpoint.pth.tar', weights_only=True)['epoch'] < 4
+    finish(start(resume))
+    assert_same_run(folder, reference)
+
+
+def test_rows_of_epochs_that_no_checkpoint_has_are_dropped(reference, tmp_path):
+    folder = tmp_path / 'run'
+    finish(start(f'{RUN} --epochs 2 --schedule 1 --lr-schedule step --checkpoint {folder}'))
+    rows = (folder / 'log.txt').read_text()
+    (folder / 'log.txt').write_text(rows + '3\t0.1\t9\t9\t9\t9\t9\t9\t9\n4\t0.')
+    finish(start(f'--resume {folder}/checkpoint.pth.tar --epochs 3'))
+    resumed = (folder / 'log.txt').read_text()
+    assert resumed.startswith(rows) and resumed.count('\n') == rows.count('\n') + 1 and '\t9\t' not in resumed
+
+
+# The command line
+
+def test_a_run_prints_and_writes_what_it_promises(reference, monkeypatch, capsys):
+    call(monkeypatch, f'--resume {reference}/checkpoint.pth.tar')  # a finished run: only the result is told again
+    printed = capsys.readouterr()
+    assert 'arch densenet, depth 10' in printed.out and 'million parameters' in printed.out and 'method: dma' in printed.out
+    assert re.search(r'epoch 4 \| test loss \d.* top-1 \d.*% top-5 .*\| best test epoch \d: ', printed.out)
+    for name in ('log.txt', 'log.png', 'log.pdf', 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json', 'args.json'):
+        assert os.path.getsize(f'{reference}/{name}') > 0
+        assert f'{reference}/{name}' in printed.out or name == 'args.json'
+    assert '\r' not in printed.err
+    log, result = read_log(f'{reference}/log.txt'), json.load(open(f'{reference}/result.json'))
+    assert log['Epoch'] == [1, 2, 3, 4] and log['Test Top-1'][-1] == pytest.approx(result['test top-1'], rel=1e-5)
+    assert result['best']['top1'] == pytest.approx(max(log['Test Top-1']), rel=1e-5)
+    args = json.load(open(f'{reference}/args.json'))
+    assert args['arch'] == 'densenet' and args['dma_coef'] == 0.5 and args['seed'] == 123
+
+
+def test_evaluate_reads_the_checkpoint_and_writes_nothing(reference, monkeypatch, capsys):
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in pathlib.Path(reference).iterdir())
+    call(monkeypatch, f'-e --resume {reference}/model_best.pth.tar')
+    best = json.load(open(f'{reference}/result.json'))['best']
+    assert f'of epoch {best["epoch"]} | test loss' in (out := capsys.readouterr().out) and f'top-1 {best["top1"]:.2f}%' in out
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in pathlib.Path(reference).iterdir()) == before
+
+
+def test_validation_chooses_the_epoch_and_the_test_set_is_read_once(monkeypatch, tmp_path, capsys):
+    calls, test = [], cifar.test
+    monkeypatch.setattr(cifar, 'test', lambda batches, *rest: calls.append(len(batches.labels)) or test(batches, *rest))
+    call(monkeypatch, f'-d digits --depth 8 --epochs 3 --lr-schedule onecycle --val-split 0.1 -c {tmp_path}')
+    assert calls == [144, 144, 144, 360]
+    log, result = read_log(f'{tmp_path}/log.txt'), json.load(open(f'{tmp_path}/result.json'))
+    assert 'Val Top-1' in log and not any(column.startswith('Test') for column in log)
+    assert result['epoch'] == log['Val Top-1'].index(max(log['Val Top-1'])) + 1 and result['chosen by'] == 'validation'
+    assert 'chosen by validation' in capsys.readouterr().out
+
+
+def test_start_epoch_begins_the_schedule_there(monkeypatch, tmp_path):
+    call(monkeypatch, f'-d digits --depth 8 --epochs 4 --schedule 2 --start-epoch 3 -c {tmp_path}')
+    log = read_log(f'{tmp_path}/log.txt')
+    assert log['Epoch'] == [4] and log['Learning Rate'] == [pytest.approx(0.01)]
+
+
+def test_resuming_into_another_folder_leaves_the_first_alone(reference, monkeypatch, tmp_path):
+    before = pathlib.Path(reference, 'checkpoint.pth.tar').read_bytes()
+    call(monkeypatch, f'--resume {reference}/checkpoint.pth.tar --epochs 5 --lr 0.01 -c {tmp_path}/fork')
+    assert pathlib.Path(reference, 'checkpoint.pth.tar').read_bytes() == before
+    assert read_log(f'{tmp_path}/fork/log.txt')['Epoch'] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize('flags', ['--precision bf16 --clip-norm 1 --nesterov --warmup 0.5', '--arch vgg11 --lr 0.01',
+                                   '--lr-schedule onecycle --method dma --dma_coef 0.1', '--momentum 0 --wd 0'])
+def test_other_flags_train_too(flags, monkeypatch, tmp_path):
+    depth = '' if 'vgg' in flags else '--depth 8'
+    call(monkeypatch, f'-d digits {depth} --epochs 1 -c {tmp_path} {flags}')
+    assert math.isfinite(read_log(f'{tmp_path}/log.txt')['Train Loss'][0])
+
+
+def test_clip_norm_bounds_the_gradient(monkeypatch, tmp_path):
+    norms, step = [], torch.optim.SGD.step
+
+    def recording(self, closure):
+        result = step(self, closure)
+        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group['params']]).norm().item())
+        return result
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', recording)
+    call(monkeypatch, f'-d digits --depth 8 --epochs 1 -c {tmp_path} --clip-norm 0.05')
+    assert len(norms) == 12 and max(norms) <= 0.0501
+
+
+def test_it_learns(monkeypatch, tmp_path):
+    call(monkeypatch, f'-d digits --depth 8 --epochs 6 --lr-schedule onecycle --train-batch 32 --manualSeed 0 --method dma '
+                      f'--coef 0.5 -c {tmp_path}')
+    log = read_log(f'{tmp_path}/log.txt')
+    assert log['Test Top-1'][-1] > 95 and log['Train Loss'][-1] < log['Train Loss'][0]
+
+
+def test_a_folder_of_64_pixel_images_end_to_end(monkeypatch, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    for part in ('train', 'test'):
+        for name, level in (('bright', 200), ('dark', 50)):
+            os.makedirs(tmp_path / part / name)
+            for index in range(8):
+                pixels = level + torch.randint(50, (64, 64, 3), generator=generator).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f'{index}.jpg')
+    flags = f'-d folder --data {tmp_path} --image-size 64 -j 2 --depth 8 --epochs 3 --train-batch 8 -c {tmp_path}/run'
+    call(monkeypatch, flags)
+    assert set(read_log(f'{tmp_path}/run/log.txt')) == {'Epoch', 'Learning Rate', 'Train Loss', 'Train Top-1', 'Test Loss',
+                                                        'Test Top-1', 'Seconds'}  # two classes: no top-5
+    state = torch.load(f'{tmp_path}/run/checkpoint.pth.tar', weights_only=True)
+    split = data.load('folder', str(tmp_path), 'train', 64)
+    assert (state['mean'], state['std']) == data.mean_and_std(split.images) and state['classes'] == ['bright', 'dark']
+    call(monkeypatch, f'-e --resume {tmp_path}/run/checkpoint.pth.tar')  # the folder and its image size are remembered
+
+
+# What goes wrong
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
+    with pytest.raises(UserError) as error:
+        call(monkeypatch, f'-d digits --depth 8 --epochs 2 --lr 1e30 -c {tmp_path}/run')
+    assert re.search(r'the loss became (nan|inf) in epoch 1, batch \d+ of 12, at learning rate 1e\+30', str(error.value))
+    state = torch.load(f'{tmp_path}/run/checkpoint.pth.tar', weights_only=True)
+    assert state['epoch'] == 0 and all(value.isfinite().all() for value in state['state_dict'].values())
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    ('--arch resnet21', "invalid choice: 'resnet21'"), ('--method dmaa', "invalid choice: 'dmaa'"), ('--lr -0.1', 'of at least 0'),
+    ('--epochs 100 --schedule 50 150', '--schedule 50 150 goes past the last epoch; --epochs is 100'),
+    ('--coef 0.5', '--method (none) has none'), ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is not selected'),
+    ('--method dma dma', 'names dma twice'), ('--train-batch 50001', 'larger than the training set of 50000 images'),
+    ('-d digits --val-split 0.5 --train-batch 800', '--val-split 0.5'), ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 1'),
+    ('--widen-factor 2', '--widen-factor is not used by --arch resnet'), ('--arch vgg16 --drop 0.1', '--drop is not used'),
+    ('--image-size 64', '--image-size is for --dataset folder'), ('--workers 2', '--workers is for --dataset folder'),
+    ('-d digits --data x', '--data is not used by --dataset digits'), ('--gamma 0.5 --lr-schedule cosine', '--gamma belongs'),
+    ('--schedule 2 --lr-schedule onecycle', '--schedule belongs'), ('--warmup 400', 'longer than the whole training'),
+    ('--nesterov --momentum 0', '--nesterov needs'), ('--evaluate', 'needs --resume'), ('--start-epoch 300', 'nothing to train'),
+    ('--resume nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'), ('-d folder --data /nowhere', 'no folder /nowhere/train'),
+    ('--gpu-id 97', '--gpu-id must name one CUDA device'), ('--manualSeed -1', 'of at least 0'),
+])
+def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, UserError)) as error:
+        call(monkeypatch, flags)
+    printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
+    assert sentence in printed and printed.strip().count('\n') == 0
+    assert error.type is UserError or error.value.code == 2
+    assert not list(tmp_path.rglob('*.*'))
+
+
+def test_a_mistake_ends_with_one_sentence_and_status_1_not_a_traceback(reference, tmp_path):
+    cut = tmp_path / 'cut.pth.tar'
+    cut.write_bytes(pathlib.Path(reference, 'checkpoint.pth.tar').read_bytes()[:-1000])
+    for flags in (f'--resume {cut}', f'--resume {reference}/checkpoint.pth.tar --arch vgg16',
+                  f'--resume {reference}/checkpoint.pth.tar --depth 16', f'--resume {reference}/checkpoint.pth.tar -d cifar100',
+                  f'-d digits --checkpoint {reference}', f'--resume {reference}/model_best.pth.tar --epochs 9'):
+        process = start(flags)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1 and stderr.startswith('error: ') and stderr.count('\n') == 1, (flags, stderr)
+
+
+def test_the_users_command_without_a_network_or_data(tmp_path):
+    command = [sys.executable, str(ROOT / 'cifar.py'), '--arch', 'resnet', '--method', 'dma', '--coef', '0.5']
+    offline = {**os.environ, **dict.fromkeys(('http_proxy', 'https_proxy'), 'http://127.0.0.1:9')}
+    result = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.count('\n') == 1 and 'cifar-10-python.tar.gz' in result.stderr
+    assert 'python cifar.py --dataset digits' in result.stderr and os.listdir(tmp_path / 'data') == []
+
+
+# Methods
+
+class Scaled(nn.Linear):
+    def forward(self, x, targets=None):
+        assert (targets is not None) == self.training
+        return super().forward(x)
+
+
+class TwiceSGD(torch.optim.SGD):
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+        return super().step(closure)
+
+
+def a_method(**parts):
+    return types.SimpleNamespace(add_arguments=lambda parser: parser.add_argument('--sixth-coef', type=float, default=1.0), **parts)
+
+
+def test_a_sixth_method_is_one_file_and_one_line(monkeypatch, tmp_path):
+    seen = []
+
+    def term(args):
+        return lambda outputs, targets, activations: args.sixth_coef * seen.append(len(targets)) or 0.0
+
+    monkeypatch.setitem(methods.METHODS, 'sixth', a_method(head=lambda args: Scaled, loss_term=lambda args: lambda o, t, a:
+                                                           seen.append(args.sixth_coef) or 0.0, optimizer=lambda args: TwiceSGD))
+    call(monkeypatch, f'-d digits --depth 8 --epochs 1 --method sixth --coef 3 -c {tmp_path}')
+    assert seen == [3.0] * 24  # twelve steps, two closures each
+
+
+def test_two_heads_or_two_optimizers_are_refused(monkeypatch, capsys):
+    monkeypatch.setitem(methods.METHODS, 'sixth', a_method(head=lambda args: Scaled, loss_term=lambda args: None))
+    monkeypatch.setitem(methods.METHODS, 'seventh', types.SimpleNamespace(add_arguments=lambda parser: None))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, '--method dma sixth')
+    assert 'dma and sixth cannot combine: each brings its own head' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(monkeypatch, '--method seventh --coef 1')
+    assert '--method seventh has none' in capsys.readouterr().err
+
+
+def test_the_total_loss_is_cross_entropy_plus_coef_times_dma():
+    from dma import dma_loss
+    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3))
+    outputs, targets = (torch.randn(4, 3), torch.rand(4, 3)), torch.tensor([0, 1, 2, 0])
+    expected = nn.functional.cross_entropy(outputs[0], targets) + 0.3 * dma_loss(outputs[1])
+    torch.testing.assert_close(criterion(outputs, targets), expected)
+    plain = methods.build_criterion(argparse.Namespace(method=[]))
+    torch.testing.assert_close(plain(outputs[0], targets), nn.functional.cross_entropy(outputs[0], targets))

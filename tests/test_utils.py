@@ -1,0 +1,258 @@
+import io
+import math
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils import checkpoint
+from utils.arguments import Parser, number
+from utils.bar import ProgressLine
+from utils.errors import UserError
+from utils.eval import Meter, cross_entropy, logits_of
+from utils.files import replacing, write_json
+from utils.logger import Logger, plot_log, read_log, read_rows
+
+
+# Arguments
+
+def parser():
+    result = Parser(prog='x.py')
+    result.add_argument('--train-batch', type=number(int, 1), default=128)
+    result.add_argument('--manualSeed', dest='seed', type=number(int, 0))
+    result.add_argument('--lr', type=number(float, 0), default=0.1)
+    result.add_argument('--nesterov', action='store_true')
+    result.add_argument('--arch', default='resnet')
+    return result
+
+
+@pytest.mark.parametrize('words', ['--train-batch 5', '--train_batch 5', '--train_batch=5', '--Train-Batch 5', '--trainbatch=5'])
+def test_spelling_variants(words):
+    args = parser().parse_args(words.split())
+    assert args.train_batch == 5 and args.given == {'train_batch'}
+
+
+def test_given_is_what_the_command_line_set_even_to_the_default():
+    args = parser().parse_args('--lr 0.1 --nesterov --manual_seed 3'.split())
+    assert args.given == {'lr', 'nesterov', 'seed'} and args.train_batch == 128 and args.arch == 'resnet' and args.seed == 3
+    assert parser().parse_args([]).given == set()
+
+
+def test_inherited_values_stand_between_the_declared_and_the_given():
+    args = parser().parse_args(['--lr', '0.2'], defaults={'lr': 0.3, 'arch': 'vgg16', 'unknown': 1})
+    assert (args.lr, args.arch, args.train_batch) == (0.2, 'vgg16', 128) and not hasattr(args, 'unknown')
+
+
+@pytest.mark.parametrize('words, sentence', [
+    ('--lr -0.1', 'must be a number of at least 0, was given -0.1'), ('--lr nan', 'was given nan'), ('--lr inf', 'was given inf'),
+    ('--lr abc', 'was given abc'), ('--train-batch 0', 'must be a whole number of at least 1'), ('--train-batch 1.5', '1.5'),
+    ('--unknown 3', '--unknown'), ('--ar vgg', '--ar'),
+])
+def test_errors_are_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(words.split())
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in printed and printed.count('\n') == 1
+
+
+# Meter
+
+@pytest.mark.parametrize('classes', [2, 5, 10])
+def test_meter_against_a_loop_over_images(classes):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(size, classes, generator=generator), torch.randint(classes, (size,), generator=generator))
+               for size in (7, 7, 3)]
+    meter, losses, first, fifth = Meter(3, classes, 'cpu'), [], 0, 0
+    for logits, targets in batches:
+        meter.update((logits, 'something else'), targets, cross_entropy(logits, targets))
+        for row, target in zip(logits.double(), targets.tolist()):
+            losses.append(-row[target].item() + math.log(sum(math.exp(value) for value in row.tolist())))
+            rank = sum(value > row[target].item() for value in row.tolist())
+            first, fifth = first + (rank < 1), fifth + (rank < 5)
+    read = meter.read()
+    assert read['Loss'] == pytest.approx(sum(losses) / 17, rel=1e-6)
+    assert read['Top-1'] == pytest.approx(100 * first / 17)
+    assert ('Top-5' in read) == (classes > 5) and read.get('Top-5', 100 * fifth / 17) == pytest.approx(100 * fifth / 17)
+
+
+def test_meter_knows_the_first_bad_batch():
+    meter, logits, targets = Meter(4, 2, 'cpu'), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    for value in (1.0, math.inf):
+        assert meter.first_bad_batch() is None
+        meter.update(logits, targets, torch.tensor(value))
+    meter.update(logits, targets, torch.tensor(math.nan))
+    assert meter.first_bad_batch() == (1, math.inf)
+
+
+def test_logits_and_cross_entropy():
+    logits = torch.randn(3, 4)
+    assert logits_of(logits) is logits and logits_of((logits, None)) is logits
+    assert cross_entropy(logits.bfloat16(), torch.tensor([0, 1, 2])).dtype == torch.float32
+
+
+# Progress line
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_times_eta_and_the_meter_and_goes_away():
+    file, meter = Terminal(), Meter(4, 10, 'cpu')
+    with ProgressLine('train 1/2', 4, file=file) as bar:
+        for _ in range(4):
+            meter.update(torch.eye(10)[:2], torch.tensor([0, 5]), torch.tensor(1.5))
+            bar.read = -math.inf  # as if long ago
+            assert bar.advance(meter, data_seconds=0.25)
+    shown = file.getvalue()
+    for part in ('train 1/2', '2/4', 'data 0.250s', 'batch ', 'ETA 0:00:0', 'loss 1.5', 'top-1 50', 'top-5'):
+        assert part in shown
+    assert '\n' not in shown and shown.endswith('\r\033[K\033[?25h')
+
+
+def test_the_bar_is_silent_without_a_terminal():
+    file, meter = io.StringIO(), Meter(4, 10, 'cpu')
+    meter.update(torch.eye(10)[:2], torch.tensor([0, 5]), torch.tensor(1.5))
+    with ProgressLine('train', 4, file=file) as bar:
+        bar.advance(meter)
+    assert file.getvalue() == ''
+
+
+def test_the_bar_does_not_read_the_meter_at_every_batch():
+    class Unreadable:
+        def __str__(self):
+            raise AssertionError('read')
+
+    with ProgressLine('train', 100, file=Terminal()) as bar:
+        bar.interval = 1000
+        assert not any(bar.advance(Unreadable()) for _ in range(100))
+
+
+# Log
+
+def test_log_is_appended_after_resuming_without_a_second_header(tmp_path):
+    path, columns = str(tmp_path / 'log.txt'), ['Epoch', 'Train Loss', 'Seconds']
+    log = Logger(path, columns)
+    for epoch in (1, 2, 3):
+        log.append([epoch, epoch / 7, 1.0])
+    with open(path, 'a') as file:
+        file.write('4\t0.5')  # a process killed while it wrote
+    log = Logger(path, columns, read_rows(path, columns, epochs=2))
+    log.append([3, 1e-9, 2.0])
+    assert (tmp_path / 'log.txt').read_text() == 'Epoch\tTrain Loss\tSeconds\n1\t0.142857\t1\n2\t0.285714\t1\n3\t1e-09\t2\n'
+    assert read_log(path) == {'Epoch': [1, 2, 3], 'Train Loss': [0.142857, 0.285714, 1e-9], 'Seconds': [1, 1, 2]}
+    assert read_rows(str(tmp_path / 'none'), columns, 3) == read_rows(None, columns, 3) == []
+    with pytest.raises(UserError, match='columns'):
+        read_rows(path, ['Epoch', 'Other'], 3)
+
+
+def test_curves_are_drawn(tmp_path):
+    log = Logger(str(tmp_path / 'log.txt'), ['Epoch', 'Train Loss', 'Test Loss', 'Train Top-1', 'Test Top-1'])
+    for epoch in (1, 2, 3):
+        log.append([epoch, 1.0, 2.0, 30.0, 20.0])
+    plot_log(log.path, str(tmp_path / 'log.png'), str(tmp_path / 'log.pdf'))
+    assert (tmp_path / 'log.png').read_bytes()[:4] == b'\x89PNG' and (tmp_path / 'log.pdf').read_bytes()[:4] == b'%PDF'
+
+
+# Files and checkpoints
+
+def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path):
+    path = tmp_path / 'a.json'
+    write_json(str(path), [1])
+    with pytest.raises(RuntimeError):
+        with replacing(str(path)) as temporary:
+            with open(temporary, 'w') as file:
+                file.write('half')
+            raise RuntimeError
+    with pytest.raises(TypeError):
+        write_json(str(path), object())
+    assert path.read_text() == '[\n  1\n]\n' and os.listdir(tmp_path) == ['a.json']
+    os.umask(mask := os.umask(0))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def state():
+    return {**dict.fromkeys(checkpoint.KEYS, 0), 'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
+            'state_dict': torch.nn.Linear(2, 2).state_dict()}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch executed',)
+
+
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'text', 'cut short', 'cut to its head', 'other dict', 'a tensor', 'code',
+                                    'a folder'])
+def test_what_is_not_a_checkpoint_is_refused_in_one_sentence_and_left_alone(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'checkpoint.pth.tar'
+    checkpoint.save(str(path), state())
+    whole = path.read_bytes()
+    if damage in ('missing', 'a folder'):
+        path.unlink()
+        if damage == 'a folder':
+            path.mkdir()
+    elif damage == 'other dict':
+        torch.save({'state_dict': {}}, path)
+    elif damage == 'a tensor':
+        torch.save(torch.zeros(2), path)
+    elif damage == 'code':
+        torch.save({**state(), 'args': Evil()}, path)
+    else:
+        path.write_bytes({'empty': b'', 'text': b'hello\n' * 100, 'cut short': whole[:-50], 'cut to its head': whole[:300]}[damage])
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UserError) as error:
+        checkpoint.read(str(path))
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+    assert (path.read_bytes() if path.is_file() else None) == before and not (tmp_path / 'executed').exists()
+
+
+def test_code_really_would_have_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Evil()))
+    assert (tmp_path / 'executed').exists()
+
+
+def test_weights_of_another_network_are_refused():
+    held, model = state(), torch.nn.Linear(2, 2)
+    checkpoint.load_model(model, held, held['network'], 'x')
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), held['state_dict'].values()))
+    with pytest.raises(UserError, match='x holds depth 20, num_classes 10, but depth 56, num_classes 100 was asked for'):
+        checkpoint.load_model(model, held, {'arch': 'resnet', 'depth': 56, 'num_classes': 100}, 'x')
+    with pytest.raises(UserError, match='do not fit resnet'):
+        checkpoint.load_model(torch.nn.Linear(3, 2), held, held['network'], 'x')
+
+
+def test_random_state_is_restored():
+    saved = checkpoint.random_state()
+    drawn = torch.rand(3)
+    checkpoint.set_random_state(saved)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_claiming_a_folder(tmp_path, overwrite):
+    folder = tmp_path / 'run'
+    checkpoint.claim_folder(str(folder), None, overwrite)
+    checkpoint.claim_folder(str(folder), None, overwrite)  # empty is fine
+    for name in ('checkpoint.pth.tar', 'model_best.pth.tar', 'log.txt', 'notes.md'):
+        (folder / name).write_text('x')
+    checkpoint.claim_folder(str(folder), str(folder / 'checkpoint.pth.tar'), overwrite)
+    assert len(os.listdir(folder)) == 4
+    if overwrite:
+        checkpoint.claim_folder(str(folder), str(folder / 'model_best.pth.tar'), overwrite)
+        checkpoint.claim_folder(str(folder), None, overwrite)
+        assert os.listdir(folder) == ['notes.md']  # only what a run writes is replaced
+    else:
+        for resume in (None, str(folder / 'model_best.pth.tar'), str(tmp_path / 'other.pth.tar')):
+            with pytest.raises(UserError, match='--overwrite'):
+                checkpoint.claim_folder(str(folder), resume, overwrite)
+        assert len(os.listdir(folder)) == 4
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be used as a folder'):
+        checkpoint.claim_folder(str(tmp_path / 'file'), None, False)
