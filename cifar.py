@@ -8,12 +8,13 @@ import math
 import os
 import random
 import shlex
+import shutil
 import time
 
 import torch
 
 from models import cifar as models
-from utils import checkpoint, data, methods
+from utils import checkpoint, data, methods, schedule
 from utils.arguments import Parser, number
 from utils.bar import ProgressLine
 from utils.errors import Stopped, UserError, run
@@ -23,8 +24,10 @@ from utils.logger import Logger, plot_log, read_log, read_rows
 from utils.schedule import learning_rate
 
 
-# What a resumed run does not take over from the flags of the run before it.
-NOT_INHERITED = {'given', 'network', 'checkpoint', 'overwrite', 'resume', 'evaluate', 'start_epoch', 'gpu_id'}
+# What a resumed run does not take over from the flags of the run before it, and what --evaluate does not ignore.
+NOT_INHERITED = {'given', 'checkpoint', 'overwrite', 'resume', 'evaluate', 'start_epoch', 'gpu_id', 'coef'}
+USED_BY_EVALUATE = {'evaluate', 'resume', 'arch', 'dataset', 'data', 'workers', 'image_size', 'test_batch', 'precision',
+                    'compile', 'deterministic', 'gpu_id'}
 
 
 def make_parser():
@@ -34,8 +37,8 @@ def make_parser():
     group.add_argument('-d', '--dataset', default='cifar10', choices=data.DATASETS, metavar='NAME', help=', '.join(data.DATASETS))
     group.add_argument('--data', default='data', metavar='DIR', help='where the data is, or is downloaded to (data)')
     group.add_argument('-j', '--workers', type=number(int, 1), default=4, metavar='N', help='threads that read a folder (4)')
-    group.add_argument('--image-size', type=number(int, 8), default=32, metavar='N', help='side of the images of a folder (32)')
-    group.add_argument('--val-split', type=number(float, 0, 1, above=True), metavar='F',
+    group.add_argument('--image-size', type=number(int, 32), default=32, metavar='N', help='side of the images of a folder (32)')
+    group.add_argument('--val-split', type=number(float, 0, 0.9, above=True), metavar='F',
                        help='part of the training set that chooses the best epoch; the test set is then read once')
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME', help=', '.join(models.MODELS))
@@ -57,7 +60,7 @@ def make_parser():
                        help='step: when to multiply lr by --gamma (after 1/2 and 3/4 of the epochs)')
     group.add_argument('--gamma', type=number(float, 0), default=0.1, help='(0.1)')
     group.add_argument('--warmup', type=number(float, 0), metavar='EPOCHS',
-                       help='climb to lr during these (0; onecycle: 0.3 of the epochs)')
+                       help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
     group.add_argument('--momentum', type=number(float, 0, 1), default=0.9, help='(0.9)')
     group.add_argument('--nesterov', action='store_true')
     group.add_argument('--weight-decay', '--wd', type=number(float, 0), default=5e-4, help='(0.0005)')
@@ -68,7 +71,7 @@ def make_parser():
     group.add_argument('--overwrite', action='store_true', help='replace the run in that folder')
     group.add_argument('--resume', metavar='FILE', help='go on from a checkpoint, with its flags unless given here')
     group.add_argument('-e', '--evaluate', action='store_true', help='only test the checkpoint of --resume')
-    group.add_argument('--manualSeed', type=number(int, 0), dest='seed', metavar='N', help='(drawn and printed)')
+    group.add_argument('--manualSeed', type=number(int, 0, 2 ** 32 - 1), dest='seed', metavar='N', help='(drawn and printed)')
     group.add_argument('--deterministic', action='store_true', help='same seed, same bits')
     group.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32', help='bf16: autocast (fp32)')
     group.add_argument('--compile', action='store_true', help='torch.compile the model')
@@ -82,8 +85,7 @@ def parse_arguments():
     args, state = parser.parse_args(), None
     if args.resume:
         state = checkpoint.read(args.resume)
-        if 'arch' in args.given and args.arch != state['model']['arch']:
-            raise UserError(f'{args.resume} holds a {state["model"]["arch"]}, but --arch {args.arch} was asked for')
+        check_resumed(args, state, parser)
         args = parser.parse_args(defaults=state['args'])
     elif args.evaluate:
         parser.error('--evaluate needs --resume FILE, the checkpoint to evaluate')
@@ -93,74 +95,71 @@ def parse_arguments():
     if args.dataset == 'digits' and 'data' in args.given:
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     methods.check_arguments(args, parser)
-    check_schedule(args, parser)
+    if args.seed is None:
+        args.seed = random.SystemRandom().randrange(2 ** 32)
+    # What is derived below from other flags is derived anew when the run is resumed, perhaps with other flags.
+    args.inherited = {name: value for name, value in vars(args).items() if name not in NOT_INHERITED}
+    schedule.settle(args, parser)
     try:
         args.network = models.resolve_options(args.arch, {name: getattr(args, name) for name in models.OPTION_FLAGS})
+        with torch.device('meta'):
+            models.build(args.arch, 2, **args.network)
     except ValueError as error:
         parser.error(str(error))
-    if args.seed is None:
-        args.seed = random.SystemRandom().randrange(2 ** 31)
     if args.checkpoint is None:
         name = '-'.join([args.dataset, f'{args.arch}{args.network.get("depth", "")}', *args.method])
         args.checkpoint = os.path.dirname(args.resume) or '.' if args.resume else os.path.join('checkpoints', name)
     return args, state
 
 
-def check_schedule(args, parser):
-    """Refuse schedules that cannot be, and settle the milestones and the warm-up where they were left open."""
-    if args.lr_schedule != 'step':
-        for flag in {'schedule', 'gamma'} & args.given:
-            parser.error(f'--{flag} belongs to --lr-schedule step, not {args.lr_schedule}')
-    elif args.schedule is None:
-        args.schedule = [args.epochs // 2, args.epochs * 3 // 4]
-    elif max(args.schedule) >= args.epochs:
-        parser.error(f'--schedule {" ".join(map(str, args.schedule))} goes past the last epoch; --epochs is {args.epochs}')
-    if args.warmup is None:
-        args.warmup = 0.3 * args.epochs if args.lr_schedule == 'onecycle' else 0
-    if args.warmup > args.epochs:
-        parser.error(f'--warmup {args.warmup:g} is longer than the whole training; --epochs is {args.epochs}')
-    if args.nesterov and args.momentum == 0:
-        parser.error('--nesterov needs a --momentum above 0, was given 0')
-    if args.resume and 'start_epoch' in args.given:
+def check_resumed(args, state, parser):
+    """Refuse, on the command line of a resumed or evaluated run, what would contradict the checkpoint or do nothing."""
+    if 'arch' in args.given and args.arch != state['network'].get('arch'):
+        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} was given')
+    if args.evaluate:
+        for name in sorted(args.given - USED_BY_EVALUATE):
+            parser.error(f'--{name.replace("_", "-")} is not used by --evaluate')
+    elif 'epochs' in args.given and args.epochs < state['epoch']:
+        parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
+    if 'start_epoch' in args.given:
         parser.error('--start-epoch and --resume exclude each other: a checkpoint knows its epoch')
-    if args.start_epoch >= args.epochs:
-        parser.error(f'--start-epoch {args.start_epoch} leaves nothing to train; --epochs is {args.epochs}')
+    for name, flag in (('seed', '--manualSeed'), ('val_split', '--val-split')):
+        if name in args.given and getattr(args, name) != state['args'].get(name):
+            parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
+                         f'the checkpoint has {state["args"].get(name)}')
 
 
 def main():
     args, state = parse_arguments()
     if not args.evaluate:
-        checkpoint.claim_folder(args.checkpoint, args.resume, args.overwrite)
+        checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
     device = set_up_device(args)
     network = {'arch': args.arch, **args.network, 'num_classes': count_classes(args, state)}
-    try:
-        model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
-    except ValueError as error:
-        raise UserError(error) from error
+    model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
     if state:
         checkpoint.load_model(model, state, network, args.resume)
     model.to(device, memory_format=torch.channels_last)
     print(', '.join(f'{name} {value}' for name, value in network.items()),
-          f'| {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters',
+          f'| {count_parameters(model) / 1e6:.2f} million parameters',
           f'| method: {" ".join(args.method) or "none"} | {args.precision} on {device.type} | seed {args.seed}')
     if args.evaluate:
-        split = load_split(args, 'test', network['num_classes'])
+        split = load_split(args, 'test', state['classes'])
         batches = data.Batches(split, state['mean'], state['std'], args.test_batch, device)
         print(f'{args.resume}, of epoch {state["epoch"]} | {in_words("test", test(batches, model, args))}')
         return
 
-    state = state or {'epoch': args.start_epoch, 'network': network, 'best': {'top1': -1.0, 'epoch': 0}}
+    state = state or {'epoch': args.start_epoch, 'network': network}
     batches = load_batches(args, state, device)
     optimizer = methods.build_optimizer(args, model.parameters())
     if args.resume:
-        optimizer.load_state_dict(state['optimizer'])
+        checkpoint.load_optimizer(optimizer, state, args.resume)
         checkpoint.set_random_state(state['random_state'])
     try:
         fit(args, state, model, optimizer, batches)
         report(args, state, model, batches['test'])
     except Stopped as stop:
         last = shlex.quote(os.path.join(args.checkpoint, checkpoint.LAST))
-        stop.sentence = f'Stopped after epoch {state["epoch"]} of {args.epochs}. Go on with: python cifar.py --resume {last}'
+        stop.sentence = f'Stopped; the finished epochs are kept. Go on with: python cifar.py --resume {last}'
         raise
 
 
@@ -172,6 +171,8 @@ def set_up_device(args):
             raise UserError(f'--gpu-id must name one CUDA device of this machine, and {args.gpu_id} names '
                             f'{torch.cuda.device_count()}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if args.compile and not shutil.which(os.environ.get('CXX', 'g++')):
+        raise UserError('--compile needs a C++ compiler, and there is no g++ here')
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA reads it when it is first used
@@ -191,16 +192,18 @@ def count_classes(args, state):
     return known.num_classes
 
 
-def load_split(args, part, num_classes):
+def load_split(args, part, classes=None):
+    """The 'train' or 'test' part of the data; UserError unless its classes are `classes`, those of a checkpoint."""
     split = data.load(args.dataset, args.data, part, args.image_size, args.workers)
-    if len(split.classes) != num_classes:
-        raise UserError(f'{args.resume} tells {num_classes} classes apart, but {args.dataset} has {len(split.classes)}')
+    if classes and split.classes != classes:
+        raise UserError(f'{args.resume} knows the classes {" ".join(classes[:10])}, but {args.dataset} has '
+                        f'{" ".join(split.classes[:10])}')
     return split
 
 
 def load_batches(args, state, device):
     """{'train': ..., 'test': ...} and, with --val-split, 'val'. What normalises them goes into `state`."""
-    splits = {part: load_split(args, part, state['network']['num_classes']) for part in ('train', 'test')}
+    splits = {part: load_split(args, part, state.get('classes')) for part in ('train', 'test')}
     if 'mean' not in state:
         state['mean'], state['std'] = data.mean_and_std(splits['train'].images)
         state['classes'] = splits['train'].classes
@@ -219,9 +222,14 @@ def fit(args, state, model, optimizer, batches):
     columns = ['Epoch', 'Learning Rate', *(f'{part} {quantity}' for part in ('Train', judge.title())
                                            for quantity in quantities(state['network']['num_classes'])), 'Seconds']
     resumed_log = os.path.join(os.path.dirname(args.resume), 'log.txt') if args.resume else None
-    logger = Logger(in_folder('log.txt'), columns, read_rows(resumed_log, columns, state['epoch']))
-    state['args'] = {name: value for name, value in vars(args).items() if name not in NOT_INHERITED}
-    write_json(in_folder('args.json'), state['args'])
+    old_rows = read_rows(resumed_log, columns, state['epoch'])
+    checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite)
+    logger = Logger(in_folder('log.txt'), columns, old_rows)
+    write_json(in_folder('args.json'), {name: value for name, value in vars(args).items() if name not in ('given', 'inherited')}
+               | {'network': state['network'], 'parameters': count_parameters(model)})
+    state['args'] = args.inherited
+    if not os.path.exists(in_folder(checkpoint.BEST)):
+        state['best'] = {'top1': -1.0, 'epoch': 0}
 
     def save(name):
         state.update(state_dict=model.state_dict(), optimizer=optimizer.state_dict(), random_state=checkpoint.random_state())
@@ -232,11 +240,12 @@ def fit(args, state, model, optimizer, batches):
         began = time.perf_counter()
         trained = train(batches['train'], compiled, criterion, optimizer, epoch, args)
         seconds = time.perf_counter() - began
+        rate = learning_rate(epoch * len(batches['train']), len(batches['train']), args)
         judged = test(batches[judge], compiled, args)
         if not math.isfinite(judged['Loss']):
-            raise UserError(f'the {judge} loss became {judged["Loss"]} after epoch {epoch + 1}, {last_good(args, epoch)}')
+            raise UserError(f'the {judge} loss became {judged["Loss"]} after epoch {epoch + 1}, at learning rate {rate:.4g}, '
+                            f'{last_good(args, epoch)}')
         state['epoch'] = epoch + 1
-        rate = learning_rate(epoch * len(batches['train']), len(batches['train']), args)
         logger.append([epoch + 1, rate, *trained.values(), *judged.values(), seconds])
         if judged['Top-1'] > state['best']['top1']:
             state['best'] = {'top1': judged['Top-1'], 'epoch': epoch + 1}
@@ -310,13 +319,14 @@ def report(args, state, model, batches):
     in_folder = functools.partial(os.path.join, args.checkpoint)
     best, epoch = state['best'], state['epoch']
     if args.val_split:
-        epoch = best['epoch']
-        model.load_state_dict(checkpoint.read(in_folder(checkpoint.BEST))['state_dict'])
+        chosen = checkpoint.read(in_folder(checkpoint.BEST))
+        best, epoch = chosen['best'], chosen['epoch']
+        model.load_state_dict(chosen['state_dict'])
     tested = test(batches, model, args)
     log = read_log(in_folder('log.txt'))
     result = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in tested.items()}, 'best': best,
               'chosen by': 'validation' if args.val_split else 'last epoch',
-              'parameters': sum(p.numel() for p in model.parameters()),
+              'parameters': count_parameters(model),
               'seconds per epoch': sum(log['Seconds']) / max(len(log['Seconds']), 1)}
     write_json(in_folder('result.json'), result)
     note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if args.val_split
@@ -325,6 +335,10 @@ def report(args, state, model, batches):
     for name, files in (('log', 'log.txt'), ('curves', 'log.png log.pdf'), ('checkpoint', checkpoint.LAST),
                         ('best', checkpoint.BEST), ('result', 'result.json')):
         print(f'{name:12}', '  '.join(in_folder(file) for file in files.split()))
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def in_words(part, measured):

@@ -32,7 +32,7 @@ class DMA_Linear(nn.Linear):
         logits = super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             # bfloat16 would round every angle under 3.6 degrees to 0
-            cosine = F.linear(unit_rows(x), unit_rows(self.weight.detach()).to(at_least_float32(x)))
+            cosine = F.linear(unit_rows(x), unit_rows(self.weight.detach()))
         return logits, cosine
 
 
@@ -71,12 +71,12 @@ class _HalfSquaredAngle(torch.autograd.Function):
 
 
 def unit_rows(vectors):
-    """Each row of (rows, columns) divided by its length; a row too short to divide by becomes 0, with gradient 0."""
+    """Each row of (..., columns) divided by its length; a row too short to divide by becomes 0, with gradient 0."""
     vectors = vectors.to(at_least_float32(vectors))
     # Scaled by the largest entry first, so that squares neither overflow nor vanish; the direction does not change.
-    largest = vectors.detach().abs().amax(dim=1, keepdim=True)
+    largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
     vectors = vectors / largest.masked_fill(largest < torch.finfo(vectors.dtype).tiny, torch.inf)
-    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / length.masked_fill(length == 0, torch.inf)
 
 

@@ -9,6 +9,7 @@
 Every round times all four, one after the other; a ratio is taken within a round, and the median of the rounds is printed.
 """
 import argparse
+import itertools
 import os
 import pathlib
 import statistics
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
@@ -64,16 +65,23 @@ def bare_loop(options):
 
 
 def cifar_train(options, split, precision):
-    args = cifar.make_parser().parse_args(['--precision', precision, '--epochs', '1000', '--schedule', '999'])
+    args = cifar.make_parser().parse_args(
+        f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed 0'.split())
     model = network(options)
     optimizer, criterion = methods.build_optimizer(args, model.parameters()), methods.build_criterion(args)
-    batches = data.Batches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
-    return lambda: cifar.train(batches, model, criterion, optimizer, 0, fill_in(args)), model, optimizer
+    batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
+    batches.steps = options.steps
+    return lambda: cifar.train(batches, model, criterion, optimizer, 0, args), model, optimizer
 
 
-def fill_in(args):
-    args.warmup, args.seed = 0, 0
-    return args
+class FirstBatches(data.Batches):
+    """The first `steps` batches of an epoch, after the draws for the whole of it."""
+
+    def __len__(self):
+        return self.steps
+
+    def shuffled(self, seed, epoch):
+        return itertools.islice(super().shuffled(seed, epoch), self.steps)
 
 
 class Pictures(Dataset):
@@ -92,7 +100,9 @@ class Pictures(Dataset):
 
 
 def usual_pipeline(options, split):
-    loader = DataLoader(Pictures(split), options.batch, shuffle=True, num_workers=options.workers, persistent_workers=True,
+    pictures = Pictures(split)
+    sampler = RandomSampler(pictures, num_samples=options.steps * options.batch)
+    loader = DataLoader(pictures, options.batch, sampler=sampler, num_workers=options.workers, persistent_workers=True,
                         pin_memory=DEVICE.type == 'cuda')
     model = network(options, channels_last=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -131,12 +141,12 @@ def main():
     parser.add_argument('--arch', default='resnet')
     parser.add_argument('--depth', type=int)
     parser.add_argument('--batch', type=int, default=128)
-    parser.add_argument('--steps', type=int, default=20, help='steps in one timing')
-    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--steps', type=int, default=40, help='steps in one timing')
+    parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--workers', type=int, default=min(8, os.cpu_count()), help="the DataLoader's")
     options = parser.parse_args()
     number = options.steps * options.batch
-    split = data.Split(torch.randint(256, (number, 32, 32, 3)).to(torch.uint8), torch.randint(10, (number,)), list('0123456789'))
+    split = data.Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (50000,)), list('0123456789'))
     ours, model, optimizer = cifar_train(options, split, 'fp32')
     timed = {'bare': bare_loop(options), 'ours': ours, 'ours bf16': cifar_train(options, split, 'bf16')[0],
              'usual': usual_pipeline(options, split), 'end of epoch': end_of_epoch(model, optimizer)}

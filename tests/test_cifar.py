@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
     ('--epochs 100 --schedule 50 150', '--schedule 50 150 goes past the last epoch; --epochs is 100'),
     ('--coef 0.5', '--method (none) has none'), ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is not selected'),
     ('--method dma dma', 'names dma twice'), ('--train-batch 50001', 'larger than the training set of 50000 images'),
-    ('-d digits --val-split 0.5 --train-batch 800', '--val-split 0.5'), ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 1'),
+    ('-d digits --val-split 0.5 --train-batch 800', '--val-split 0.5'), ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 0.9'),
     ('--widen-factor 2', '--widen-factor is not used by --arch resnet'), ('--arch vgg16 --drop 0.1', '--drop is not used'),
     ('--image-size 64', '--image-size is for --dataset folder'), ('--workers 2', '--workers is for --dataset folder'),
     ('-d digits --data x', '--data is not used by --dataset digits'), ('--gamma 0.5 --lr-schedule cosine', '--gamma belongs'),
@@ -233,6 +233,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
     ('--nesterov --momentum 0', '--nesterov needs'), ('--evaluate', 'needs --resume'), ('--start-epoch 300', 'nothing to train'),
     ('--resume nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'), ('-d folder --data /nowhere', 'no folder /nowhere/train'),
     ('--gpu-id 97', '--gpu-id must name one CUDA device'), ('--manualSeed -1', 'of at least 0'),
+    ('--manualSeed 4294967296', 'at most'), ('--method dma --coef 1 --dma-coef 2', 'the same weight'), ('--val-split 1', 'at most 0.9'),
+    ('--method dma --coef nan', 'was given nan'), ('-a densenet --compressionRate 1e9', 'leaves none'), ('--resume .', 'is a folder'),
+    ('-d folder --image-size 16', 'of at least 32'),
 ])
 def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
@@ -246,11 +249,59 @@ def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monk
     assert not list(tmp_path.rglob('*.*'))
 
 
+@pytest.mark.parametrize('flags, sentence', [
+    ('--epochs 3', 'less than the 4'), ('--manualSeed 5', '--manualSeed cannot change'), ('--val-split 0.1', '--val-split cannot change'),
+    ('--start-epoch 1', 'exclude each other'), ('--arch vgg16', 'holds the architecture densenet'), ('-e --lr 0.1', 'not used by --evaluate'),
+    ('--depth 16 -c fork', 'holds depth 10, but depth 16 was asked for'), ('-d cifar100 -c fork', 'num_classes 10, but num_classes 100'),
+])
+def test_what_contradicts_the_checkpoint_is_refused(flags, sentence, reference, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    with pytest.raises((SystemExit, UserError)) as error:
+        call(monkeypatch, f'--resume {reference}/checkpoint.pth.tar {flags}')
+    assert sentence in capsys.readouterr().err + str(error.value)
+
+
+def test_other_classes_of_the_same_number_are_refused(reference, monkeypatch):
+    load = data.load
+    monkeypatch.setattr(data, 'load', lambda *args: load(*args)._replace(classes=list('abcdefghij')))
+    with pytest.raises(UserError, match='knows the classes 0 1 2 .* but digits has a b c'):
+        call(monkeypatch, f'-e --resume {reference}/checkpoint.pth.tar')
+
+
+def test_flags_given_when_resuming_win_and_derived_ones_are_derived_anew(monkeypatch, tmp_path):
+    call(monkeypatch, f'-d digits --depth 8 --epochs 2 --method dma --coef 0.5 -c {tmp_path}/a')
+    call(monkeypatch, f'--resume {tmp_path}/a/checkpoint.pth.tar --epochs 4 --momentum 0.5 --nesterov --dma-coef 0.1')
+    args = json.load(open(f'{tmp_path}/a/args.json'))
+    assert (args['epochs'], args['schedule'], args['momentum'], args['dma_coef']) == (4, [2, 3], 0.5, 0.1)
+    group, = torch.load(f'{tmp_path}/a/checkpoint.pth.tar', weights_only=True)['optimizer']['param_groups']
+    assert group['momentum'] == 0.5 and group['nesterov']
+    call(monkeypatch, f'--resume {tmp_path}/a/checkpoint.pth.tar --epochs 5')
+    assert json.load(open(f'{tmp_path}/a/args.json'))['dma_coef'] == 0.1
+
+
+def test_a_fork_takes_the_best_epoch_along(monkeypatch, tmp_path):
+    call(monkeypatch, f'-d digits --depth 8 --epochs 2 --val-split 0.1 -c {tmp_path}/a')
+    call(monkeypatch, f'--resume {tmp_path}/a/checkpoint.pth.tar -c {tmp_path}/b')
+    results = [json.load(open(f'{tmp_path}/{name}/result.json')) for name in 'ab']
+    assert results[0] == results[1]
+
+
+def test_overwriting_begins_only_when_the_new_run_can(monkeypatch, tmp_path):
+    call(monkeypatch, f'-d digits --depth 8 --epochs 1 -c {tmp_path}')
+    before = (tmp_path / 'checkpoint.pth.tar').read_bytes()
+    for flags in ('-d folder --data /nowhere', '--depth 9', '-d digits --train-batch 9999'):
+        with pytest.raises((SystemExit, UserError)):
+            call(monkeypatch, f'{flags} --overwrite -c {tmp_path}')
+    assert (tmp_path / 'checkpoint.pth.tar').read_bytes() == before
+    call(monkeypatch, f'-d digits --depth 8 --epochs 1 --overwrite -c {tmp_path}')
+    assert (tmp_path / 'checkpoint.pth.tar').read_bytes() != before
+
+
 def test_a_mistake_ends_with_one_sentence_and_status_1_not_a_traceback(reference, tmp_path):
     cut = tmp_path / 'cut.pth.tar'
     cut.write_bytes(pathlib.Path(reference, 'checkpoint.pth.tar').read_bytes()[:-1000])
     for flags in (f'--resume {cut}', f'--resume {reference}/checkpoint.pth.tar --arch vgg16',
-                  f'--resume {reference}/checkpoint.pth.tar --depth 16', f'--resume {reference}/checkpoint.pth.tar -d cifar100',
                   f'-d digits --checkpoint {reference}', f'--resume {reference}/model_best.pth.tar --epochs 9'):
         process = start(flags)
         stdout, stderr = process.communicate(timeout=60)
@@ -286,9 +337,6 @@ def a_method(**parts):
 
 def test_a_sixth_method_is_one_file_and_one_line(monkeypatch, tmp_path):
     seen = []
-
-    def term(args):
-        return lambda outputs, targets, activations: args.sixth_coef * seen.append(len(targets)) or 0.0
 
     monkeypatch.setitem(methods.METHODS, 'sixth', a_method(head=lambda args: Scaled, loss_term=lambda args: lambda o, t, a:
                                                            seen.append(args.sixth_coef) or 0.0, optimizer=lambda args: TwiceSGD))

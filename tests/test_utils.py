@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from utils import checkpoint
 from utils.arguments import Parser, number
@@ -43,6 +42,15 @@ def test_given_is_what_the_command_line_set_even_to_the_default():
 def test_inherited_values_stand_between_the_declared_and_the_given():
     args = parser().parse_args(['--lr', '0.2'], defaults={'lr': 0.3, 'arch': 'vgg16', 'unknown': 1})
     assert (args.lr, args.arch, args.train_batch) == (0.2, 'vgg16', 128) and not hasattr(args, 'unknown')
+
+
+def test_inherited_values_must_be_among_the_choices(capsys):
+    choosy = parser()
+    choosy.add_argument('--method', nargs='+', choices=('dma', 'amp'), default=[])
+    assert choosy.parse_args([], defaults={'method': ['amp']}).method == ['amp']
+    with pytest.raises(SystemExit):
+        choosy.parse_args([], defaults={'method': ['amp', 'gone']})
+    assert '--method gone of the checkpoint is not known here' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('words, sentence', [
@@ -146,6 +154,10 @@ def test_log_is_appended_after_resuming_without_a_second_header(tmp_path):
     assert read_rows(str(tmp_path / 'none'), columns, 3) == read_rows(None, columns, 3) == []
     with pytest.raises(UserError, match='columns'):
         read_rows(path, ['Epoch', 'Other'], 3)
+    for content in (b'\xff\xfe', b'', b'Epoch\tTrain Loss\tSeconds\n1\tabc\t1\n'):
+        (tmp_path / 'log.txt').write_bytes(content)
+        with pytest.raises(UserError, match='move it away'):
+            read_rows(path, columns, 3)
 
 
 def test_curves_are_drawn(tmp_path):
@@ -174,7 +186,7 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path):
 
 
 def state():
-    return {**dict.fromkeys(checkpoint.KEYS, 0), 'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
+    return {**{name: kind() for name, kind in checkpoint.CONTENTS.items()}, 'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
             'state_dict': torch.nn.Linear(2, 2).state_dict()}
 
 
@@ -183,7 +195,7 @@ class Evil:
         return os.system, ('touch executed',)
 
 
-@pytest.mark.parametrize('damage', ['missing', 'empty', 'text', 'cut short', 'cut to its head', 'other dict', 'a tensor', 'code',
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'text', 'wrong types', 'cut short', 'cut to its head', 'other dict', 'a tensor', 'code',
                                     'a folder'])
 def test_what_is_not_a_checkpoint_is_refused_in_one_sentence_and_left_alone(damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -196,6 +208,8 @@ def test_what_is_not_a_checkpoint_is_refused_in_one_sentence_and_left_alone(dama
             path.mkdir()
     elif damage == 'other dict':
         torch.save({'state_dict': {}}, path)
+    elif damage == 'wrong types':
+        torch.save({**state(), 'args': None}, path)
     elif damage == 'a tensor':
         torch.save(torch.zeros(2), path)
     elif damage == 'code':
@@ -225,6 +239,17 @@ def test_weights_of_another_network_are_refused():
         checkpoint.load_model(torch.nn.Linear(3, 2), held, held['network'], 'x')
 
 
+def test_the_optimizers_state_is_loaded_but_its_options_are_this_runs():
+    weight = torch.nn.Parameter(torch.ones(2))
+    old, new = (torch.optim.SGD([weight], lr=0.1, momentum=momentum) for momentum in (0.9, 0.5))
+    weight.grad = torch.ones(2)
+    old.step()
+    checkpoint.load_optimizer(new, {'optimizer': old.state_dict()}, 'x')
+    assert new.param_groups[0]['momentum'] == 0.5 and torch.equal(new.state[weight]['momentum_buffer'], torch.ones(2))
+    with pytest.raises(UserError, match='optimizer state in x'):
+        checkpoint.load_optimizer(torch.optim.SGD([weight, torch.nn.Parameter(torch.ones(1))]), {'optimizer': old.state_dict()}, 'x')
+
+
 def test_random_state_is_restored():
     saved = checkpoint.random_state()
     drawn = torch.rand(3)
@@ -232,27 +257,33 @@ def test_random_state_is_restored():
     assert torch.equal(torch.rand(3), drawn)
 
 
-@pytest.mark.parametrize('overwrite', [False, True])
-def test_claiming_a_folder(tmp_path, overwrite):
+def test_a_folder_with_a_run_is_not_entered_by_accident(tmp_path):
     folder = tmp_path / 'run'
-    checkpoint.claim_folder(str(folder), None, overwrite)
-    checkpoint.claim_folder(str(folder), None, overwrite)  # empty is fine
-    for name in ('checkpoint.pth.tar', 'model_best.pth.tar', 'log.txt', 'notes.md'):
+    checkpoint.check_folder(str(folder), None, False)
+    checkpoint.check_folder(str(folder), None, False)  # empty is fine
+    checkpoint.enter_folder(str(folder), None, False)
+    with pytest.raises(UserError, match='another run has just begun'):  # two runs that both found it empty
+        checkpoint.enter_folder(str(folder), None, False)
+    names = ['args.json', 'checkpoint.pth.tar', 'log.txt', 'model_best.pth.tar', 'notes.md']
+    for name in names:
         (folder / name).write_text('x')
-    checkpoint.claim_folder(str(folder), str(folder / 'checkpoint.pth.tar'), overwrite)
-    assert len(os.listdir(folder)) == 4
-    if overwrite:
-        checkpoint.claim_folder(str(folder), str(folder / 'model_best.pth.tar'), overwrite)
-        checkpoint.claim_folder(str(folder), None, overwrite)
-        assert os.listdir(folder) == ['notes.md']  # only what a run writes is replaced
-    else:
-        for resume in (None, str(folder / 'model_best.pth.tar'), str(tmp_path / 'other.pth.tar')):
-            with pytest.raises(UserError, match='--overwrite'):
-                checkpoint.claim_folder(str(folder), resume, overwrite)
-        assert len(os.listdir(folder)) == 4
+    last, best = str(folder / 'checkpoint.pth.tar'), str(folder / 'model_best.pth.tar')
+    for resume in (None, best, str(tmp_path / 'other.pth.tar')):
+        with pytest.raises(UserError, match='--overwrite'):
+            checkpoint.check_folder(str(folder), resume, False)
+    for resume, overwrite in ((last, False), (last, True), (best, True), (None, True)):
+        checkpoint.check_folder(str(folder), resume, overwrite)
+    assert sorted(os.listdir(folder)) == names  # looking has changed nothing
+    checkpoint.enter_folder(str(folder), last, True)
+    assert sorted(os.listdir(folder)) == names
+    checkpoint.check_folder(str(tmp_path / 'fork'), last, False)
+    checkpoint.enter_folder(str(tmp_path / 'fork'), last, False)
+    assert sorted(os.listdir(tmp_path / 'fork')) == ['args.json', 'model_best.pth.tar']
+    checkpoint.enter_folder(str(folder), None, True)
+    assert sorted(os.listdir(folder)) == ['args.json', 'notes.md']  # only what a run writes is replaced
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be used as a folder'):
-        checkpoint.claim_folder(str(tmp_path / 'file'), None, False)
+        checkpoint.check_folder(str(tmp_path / 'file'), None, False)

@@ -14,13 +14,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def parse_args(self, args=None, defaults=None):
-        """`defaults` (name -> value) stand in for the declared ones, where the parser knows the name."""
+        """`defaults` (name -> value), a checkpoint's, stand in for the declared ones where the parser knows the name."""
         words = self._canonical(sys.argv[1:] if args is None else args)
         declared = vars(super().parse_args([]))
         unset = object()
         read = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
         given = {name: value for name, value in read.items() if value is not unset}
         inherited = {name: value for name, value in (defaults or {}).items() if name in declared}
+        for action in self._actions:
+            value = inherited.get(action.dest) if action.choices and action.dest not in given else None
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and one not in action.choices:
+                    self.error(f'{action.option_strings[-1]} {one} of the checkpoint is not known here; '
+                               f'there are {", ".join(map(str, action.choices))}')
         return argparse.Namespace(**{**declared, **inherited, **given}, given=set(given))
 
     def _canonical(self, words):

@@ -1,5 +1,7 @@
 """Checkpoints: plain tensors, numbers, strings, lists and dicts, written whole or not at all, read without running code."""
+import contextlib
 import os
+import shutil
 
 import torch
 
@@ -7,30 +9,55 @@ from utils.errors import UserError
 from utils.files import replacing
 
 LAST, BEST = 'checkpoint.pth.tar', 'model_best.pth.tar'
-KEYS = {'epoch', 'network', 'state_dict', 'optimizer', 'random_state', 'mean', 'std', 'classes', 'best', 'args'}
+CONTENTS = {'epoch': int, 'network': dict, 'state_dict': dict, 'optimizer': dict, 'random_state': dict, 'mean': list,
+            'std': list, 'classes': list, 'best': dict, 'args': dict}
 
 
 RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'args.json', 'result.json')
 
 
-def claim_folder(folder, resume, overwrite):
-    """Make `folder` ready for a run; UserError if that would overwrite a run that is not being resumed."""
+def check_folder(folder, resume, overwrite):
+    """Make `folder` if it is not there; UserError if a run in it would overwrite one that is not being resumed."""
     try:
         os.makedirs(folder, exist_ok=True)
         occupied = os.listdir(folder)
     except OSError as error:
         raise UserError(f'--checkpoint {folder} cannot be used as a folder ({error.strerror})') from error
-    here = bool(resume) and os.path.samefile(os.path.dirname(resume) or '.', folder)
-    if overwrite and not here:
-        for name in RESULTS:
-            if name in occupied:
-                os.remove(os.path.join(folder, name))
-    elif occupied and not here:
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'--checkpoint {folder} may not be written to')
+    if overwrite or not occupied:
+        return
+    if not _is_in(folder, resume):
         known = f'--resume {os.path.join(folder, LAST)}, ' if LAST in occupied else ''
         raise UserError(f'--checkpoint {folder} is not empty; use {known}--overwrite, or another --checkpoint')
-    elif here and os.path.basename(resume) != LAST and not overwrite:
+    if os.path.basename(resume) != LAST:
         raise UserError(f'--resume {resume} would go on in its own folder and replace {LAST} there; '
                         'use another --checkpoint, or --overwrite')
+
+
+def _is_in(folder, path):
+    return bool(path) and os.path.samefile(os.path.dirname(path) or '.', folder)
+
+
+def enter_folder(folder, resume, overwrite):
+    """The first writing to `folder`: drop what is to be overwritten, take along the best epoch of a run resumed from elsewhere.
+
+    UserError if another run has entered the folder since it was checked.
+    """
+    if _is_in(folder, resume):
+        return
+    if overwrite:
+        for name in RESULTS:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
+    try:
+        open(os.path.join(folder, 'args.json'), 'x').close()
+    except FileExistsError as error:
+        raise UserError(f'another run has just begun in --checkpoint {folder}; use another') from error
+    best = os.path.join(os.path.dirname(resume), BEST) if resume else ''
+    if os.path.exists(best):
+        with replacing(os.path.join(folder, BEST)) as temporary:
+            shutil.copyfile(best, temporary)
 
 
 def save(path, state):
@@ -40,14 +67,18 @@ def save(path, state):
 
 def read(path):
     """The checkpoint at `path`, on the CPU; UserError if it is missing, damaged or something else."""
-    if not os.path.isfile(path):
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; name a checkpoint in it, such as {os.path.join(path, LAST)}')
+    if not os.path.exists(path):
         raise UserError(f'there is no checkpoint {path}')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # zip, pickle and tensor reader each have their own kinds
-        raise UserError(f'{path} is not a checkpoint, or is cut short or damaged ({str(error).split(chr(10))[0][:120]})') from error
-    if not isinstance(state, dict) or not KEYS <= state.keys():
-        raise UserError(f'{path} is not a checkpoint of cifar.py: it has to hold {", ".join(sorted(KEYS))}')
+    except PermissionError:
+        raise
+    except Exception as error:  # the zip, pickle and tensor readers each have kinds of their own
+        raise UserError(f'{path} is not a checkpoint, or it is cut short or damaged') from error
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in CONTENTS.items()):
+        raise UserError(f'{path} is not a checkpoint of cifar.py, which holds {", ".join(CONTENTS)}')
     return state
 
 
@@ -67,13 +98,23 @@ def _phrase(model, names):
     return ', '.join(f'{name} {model[name]}' for name in names if name in model) or 'nothing of the kind'
 
 
+def load_optimizer(optimizer, state, path):
+    """Load the optimizer's state, but not its options: those are the flags of this run."""
+    options = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state['optimizer'])
+    except (ValueError, KeyError) as error:
+        raise UserError(f'the optimizer state in {path} is of another optimizer or network ({error})') from error
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+
+
 def random_state():
-    """The state of PyTorch's own generators, which dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {'cpu': torch.get_rng_state(), 'cuda': cuda}
+    """The state of the generators that dropout draws from: the CPU's, and the CUDA device's if one is used."""
+    return {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
 
 
 def set_random_state(state):
     torch.set_rng_state(state['cpu'])
-    if state['cuda'] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state['cuda'])
+    if state['cuda'] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])

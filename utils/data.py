@@ -9,28 +9,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torchvision.datasets.utils import check_integrity
+from PIL import Image, ImageOps
 
 from utils.errors import UserError
+
+# torchvision and scikit-learn are imported where they are used: each takes a second or more, and no run needs all of both.
 
 
 class Known(NamedTuple):
     num_classes: int
     train_size: int
     flip: bool  # mirroring keeps the meaning of an image; not that of a digit
-    source: type = None  # torchvision's class, for the sets that it downloads
+    source: str = None  # torchvision's class, for the sets that it downloads
 
 
 DATASETS = {
-    'cifar10': Known(10, 50000, True, torchvision.datasets.CIFAR10),
-    'cifar100': Known(100, 50000, True, torchvision.datasets.CIFAR100),
-    'svhn': Known(10, 73257, False, torchvision.datasets.SVHN),
-    'mnist': Known(10, 60000, False, torchvision.datasets.MNIST),
-    'fashion-mnist': Known(10, 60000, True, torchvision.datasets.FashionMNIST),
+    'cifar10': Known(10, 50000, True, 'CIFAR10'),
+    'cifar100': Known(100, 50000, True, 'CIFAR100'),
+    'svhn': Known(10, 73257, False, 'SVHN'),
+    'mnist': Known(10, 60000, False, 'MNIST'),
+    'fashion-mnist': Known(10, 60000, True, 'FashionMNIST'),
     'digits': Known(10, 1437, False),
     'folder': Known(None, None, True),  # counted by describe()
 }
@@ -83,6 +81,9 @@ def _checked(split, what):
 
 def _digits(part):
     """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32: 1,437 to train and 360 to test, always the same."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / 16)).unsqueeze(1)
     images = F.interpolate(images, size=32, mode='bilinear').round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -97,12 +98,14 @@ def _three_channels(images):
 
 
 def _list_folder(root, part):
+    from torchvision.datasets import ImageFolder
+
     path = os.path.join(root, part)
     if not os.path.isdir(path):
         raise UserError(f'--dataset folder reads --data DIR with DIR/train/CLASS/*.png|jpg and DIR/test/CLASS/*.png|jpg, '
                         f'but there is no folder {path}')
     try:
-        return torchvision.datasets.ImageFolder(path)
+        return ImageFolder(path)
     except FileNotFoundError as error:
         raise UserError(f'{path}: {" ".join(str(error).split())}') from error
 
@@ -113,8 +116,11 @@ def _folder(root, part, image_size, workers):
     def read(sample):
         try:
             with Image.open(sample[0]) as image:
-                return np.asarray(_square(image.convert('RGB'), image_size))
-        except (OSError, SyntaxError, ValueError) as error:
+                # scales the shorter side and cuts out the centre; an image of the right size stays as it is
+                if image.mode.startswith(('I', 'F')):
+                    raise ValueError(f'mode {image.mode}: more than 8 bits a channel')
+                return np.asarray(ImageOps.fit(image.convert('RGB'), (image_size, image_size), Image.Resampling.BILINEAR))
+        except Exception as error:  # PIL's readers of the many formats raise many kinds
             raise UserError(f'{sample[0]} cannot be read as an image ({error}); mend or remove it') from error
 
     images = np.empty((len(folder.samples), image_size, image_size, 3), dtype=np.uint8)
@@ -124,30 +130,26 @@ def _folder(root, part, image_size, workers):
     return Split(torch.from_numpy(images), torch.tensor(folder.targets), folder.classes)
 
 
-def _square(image, size):
-    """The shorter side scaled to `size`, then the centre."""
-    if image.size == (size, size):
-        return image
-    image = torchvision.transforms.functional.resize(image, size, antialias=True)
-    return torchvision.transforms.functional.center_crop(image, size)
-
-
 def _torchvision(name, root, part):
-    source = DATASETS[name].source
+    from torchvision import datasets
+
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise UserError(f'--data {root} is not a folder')
+    source = getattr(datasets, DATASETS[name].source)
     which = {'split': part} if name == 'svhn' else {'train': part == 'train'}
-    data = _fetch(name, root, lambda folder, download: source(folder, download=download, **which), *_archives(name, part))
+    data = _fetch(name, root, lambda folder, download: source(folder, download=download, **which),
+                  *_archives(name, source, part))
     if name.startswith('cifar'):
         return Split(torch.from_numpy(data.data), torch.tensor(data.targets), data.classes)
     if name == 'svhn':
         images = torch.from_numpy(data.data).permute(0, 2, 3, 1).contiguous()
         return Split(images, torch.from_numpy(data.labels).long(), [str(digit) for digit in range(10)])
     images = F.pad(data.data, (2, 2, 2, 2)).unsqueeze(3)  # 28x28 -> 32x32, black as the images' own margin
-    return Split(_three_channels(images), data.targets.long(), data.classes)
+    return Split(_three_channels(images), data.targets.long(), [name.split(' - ')[0] for name in data.classes])
 
 
-def _archives(name, part):
-    """(where it is downloaded from, [(path below --data, MD5 sum)]) of the files that torchvision reads for a set."""
-    source = DATASETS[name].source
+def _archives(name, source, part):
+    """(where it is downloaded from, [(path below --data, MD5 sum)]) of the files that `source` reads for a set."""
     if name.startswith('cifar'):
         return source.url, [(source.filename, source.tgz_md5)]
     if name == 'svhn':
@@ -161,6 +163,8 @@ def _fetch(name, root, make, url, archives):
 
     That happens in a temporary folder beside, so a start that is broken off or fails leaves `root` as it was.
     """
+    from torchvision.datasets.utils import check_integrity
+
     try:
         return make(root, False)
     except RuntimeError:
@@ -184,7 +188,7 @@ def _fetch(name, root, make, url, archives):
     except Exception as error:  # whatever failed in there, the user is told the same three things
         where = ' and '.join(os.path.join(root, path) for path, _ in archives)
         broken = f' ({", ".join(damaged)} is there, but truncated or damaged)' if damaged else ''
-        raise UserError(f'{name} is not in {root}{broken} and downloading it from {url} failed ({_one_line(error)}); '
+        raise UserError(f'{name} is not in {root}, or not whole{broken}, and downloading it from {url} failed ({_one_line(error)}); '
                         f'put the original at {where}, or run "python cifar.py --dataset digits", which needs no download') from error
     finally:
         socket.setdefaulttimeout(patience)
@@ -211,12 +215,14 @@ def mean_and_std(images):
     for channel in range(3):
         share = torch.bincount(images[..., channel].flatten(), minlength=256).double() / (images.numel() / 3)
         mean.append((share * values).sum().item())
-        std.append((share * (values - mean[-1]) ** 2).sum().sqrt().item())
+        std.append(max((share * (values - mean[-1]) ** 2).sum().sqrt().item(), 1.0))  # a channel may be constant
     return mean, std
 
 
 def split_validation(split, fraction, seed):
     """(training part, validation part), stratified by class; UserError if a class would be missing from either."""
+    from sklearn.model_selection import train_test_split
+
     try:
         train, val = train_test_split(np.arange(len(split.labels)), test_size=fraction, stratify=split.labels, random_state=seed)
     except ValueError as error:

@@ -12,7 +12,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, signum):
         super().__init__()
-        self.signum, self.sentence = signum, 'Stopped before training began; nothing was written.'
+        self.signum, self.sentence = signum, 'Stopped before training began.'
 
 
 def _stop(signum, frame):
@@ -20,12 +20,14 @@ def _stop(signum, frame):
 
 
 def run(main):
-    """Run a script's `main`: exit status 1 after a UserError, 128 + signal number after SIGINT or SIGTERM."""
+    """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal number after SIGINT or SIGTERM."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
         main()
     except UserError as error:
+        sys.exit(f'error: {error}')
+    except OSError as error:  # a full disk, a folder that may not be written to: the message names the file
         sys.exit(f'error: {error}')
     except Stopped as stop:
         print(stop.sentence, file=sys.stderr)

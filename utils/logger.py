@@ -17,6 +17,8 @@ class Logger:
     def append(self, values):
         with open(self.path, 'a') as file:
             file.write('\t'.join(_text(value) for value in values) + '\n')
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _text(value):
@@ -27,17 +29,20 @@ def read_rows(path, columns, epochs):
     """The rows, as text, of the first `epochs` epochs in the log at `path`; none if there is no such file (or path is None).
 
     A process that was killed may have left a row of an epoch that no checkpoint has, or half a row: those are dropped.
-    UserError if the log has other columns.
+    UserError if it is the log of something else.
     """
     if path is None or not os.path.exists(path):
         return []
-    with open(path) as file:
-        header, *lines = file.read().splitlines() or ['']
-    if header.split('\t') != columns:
-        raise UserError(f'{path} has the columns {header.split(chr(9))}, but this run writes {columns}; '
-                        'resume into a new --checkpoint folder')
-    rows = [line.split('\t') for line in lines]
-    return [row for row in rows if len(row) == len(columns) and int(row[0]) <= epochs]
+    try:
+        with open(path) as file:
+            header, *rows = [line.split('\t') for line in file.read().splitlines()]
+        if header != columns:
+            raise ValueError(f'its columns are {", ".join(header)}')
+        rows = [row for row in rows if len(row) == len(columns) and int(row[0]) <= epochs]
+        [float(value) for row in rows for value in row]
+    except (ValueError, OSError) as error:
+        raise UserError(f'{path} is not a log of this run ({error}); move it away') from error
+    return rows
 
 
 def read_log(path):

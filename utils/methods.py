@@ -7,6 +7,7 @@ A method is a module beside cifar.py. It offers `add_arguments(parser)` and thos
 A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it.
 """
 import argparse
+import math
 
 import torch
 from torch import nn
@@ -42,13 +43,18 @@ def check_arguments(args, parser):
         unused = sorted(_flags(module) & args.given)
         if unused and name not in args.method:
             parser.error(f'--{unused[0].replace("_", "-")} is a flag of --method {name}, which is not selected')
-    if args.coef is not None:
-        weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
+    weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
+    if 'coef' in args.given:
         if len(weighted) != 1:
             parser.error('--coef weighs the loss term of the one selected method that has one, but '
                          + (' and '.join(weighted) + ' each do; use ' + ' and '.join(f'--{name}-coef' for name in weighted)
                             if weighted else f'--method {" ".join(args.method) or "(none)"} has none'))
+        if f'{weighted[0]}_coef' in args.given:
+            parser.error(f'--coef and --{weighted[0]}-coef are the same weight; use one of them')
         setattr(args, f'{weighted[0]}_coef', args.coef)
+    for name in weighted:
+        if not 0 <= getattr(args, f'{name}_coef') < math.inf:
+            parser.error(f'--{name}-coef must be a number of at least 0, was given {getattr(args, f"{name}_coef")}')
 
 
 def _flags(module):

@@ -62,6 +62,8 @@ class DenseNet(ImageClassifier):
             channels += blocks * growth_rate
             if stage < 3:
                 compressed = int(channels // compression_rate)
+                if compressed < 1:
+                    raise ValueError(f'a compression rate of {compression_rate:g} leaves none of {channels} channels')
                 self.add_module(f'transition{stage}', transition(channels, compressed))
                 channels = compressed
         self.bn = nn.BatchNorm2d(channels)
