@@ -63,6 +63,7 @@ def plot_log(path, *pictures):
             if column.endswith(quantity):
                 axes.plot(log['Epoch'], values, label=column, marker='.' if len(values) < 30 else None)
         axes.set(xlabel='epoch', ylabel='loss' if quantity == 'Loss' else 'top-1 accuracy (%)')
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     for picture in pictures:
