@@ -64,13 +64,13 @@ BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
 class PreResNet(StagedClassifier):
     """As ResNet, with a last batch norm and ReLU, since no block ends with them."""
 
-    def __init__(self, block, blocks, widths, num_classes=10, classifier=nn.Linear):
+    def __init__(self, block, blocks, stem, widths, num_classes=10, classifier=nn.Linear):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
-        self.add_stages(block, blocks, widths[0], [width * block.expansion for width in widths])
-        self.bn = nn.BatchNorm2d(widths[-1] * block.expansion)
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=3, padding=1, bias=False)
+        self.add_stages(block, blocks, stem, widths)
+        self.bn = nn.BatchNorm2d(widths[-1])
         he_initialise(self)
-        self.set_head(widths[-1] * block.expansion, num_classes, classifier)
+        self.set_head(widths[-1], num_classes, classifier)
 
     def features(self, x):
         x = self.run_stages(self.conv1(x))
@@ -80,8 +80,8 @@ class PreResNet(StagedClassifier):
 def preresnet(num_classes=10, classifier=nn.Linear, depth=20, block_name='BasicBlock'):
     block = BLOCKS[block_name]
     blocks = blocks_per_stage(f'preresnet with {block_name}', depth, 3 * block.convolutions, 2)
-    return PreResNet(block, blocks, (16, 32, 64), num_classes, classifier)
+    return PreResNet(block, blocks, 16, [width * block.expansion for width in (16, 32, 64)], num_classes, classifier)
 
 
 def preactresnet18(num_classes=10, classifier=nn.Linear):
-    return PreResNet(BasicBlock, 2, (64, 128, 256, 512), num_classes, classifier)
+    return PreResNet(BasicBlock, 2, 64, (64, 128, 256, 512), num_classes, classifier)

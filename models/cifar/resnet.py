@@ -37,15 +37,16 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
+    """`channels` and `groups` are of the 3x3 convolution; ResNeXt sets them, ResNet has a quarter of the channels, ungrouped."""
     expansion = 4
     convolutions = 3
 
-    def __init__(self, in_channels, out_channels, stride):
+    def __init__(self, in_channels, out_channels, stride, channels=None, groups=1):
         super().__init__()
-        channels = out_channels // self.expansion
+        channels = channels or out_channels // self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -63,15 +64,15 @@ BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
 
 
 class ResNet(StagedClassifier):
-    """`widths` are the channels of the stages before the block's expansion; the first is also the stem's."""
+    """A convolution with `stem` channels, then stages of `blocks` blocks whose outputs have the channels in `widths`."""
 
-    def __init__(self, block, blocks, widths, num_classes=10, classifier=nn.Linear):
+    def __init__(self, block, blocks, stem, widths, num_classes=10, classifier=nn.Linear):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.add_stages(block, blocks, widths[0], [width * block.expansion for width in widths])
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.add_stages(block, blocks, stem, widths)
         he_initialise(self)
-        self.set_head(widths[-1] * block.expansion, num_classes, classifier)
+        self.set_head(widths[-1], num_classes, classifier)
 
     def features(self, x):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -81,8 +82,8 @@ class ResNet(StagedClassifier):
 def resnet(num_classes=10, classifier=nn.Linear, depth=20, block_name='BasicBlock'):
     block = BLOCKS[block_name]
     blocks = blocks_per_stage(f'resnet with {block_name}', depth, 3 * block.convolutions, 2)
-    return ResNet(block, blocks, (16, 32, 64), num_classes, classifier)
+    return ResNet(block, blocks, 16, [width * block.expansion for width in (16, 32, 64)], num_classes, classifier)
 
 
 def resnet18(num_classes=10, classifier=nn.Linear):
-    return ResNet(BasicBlock, 2, (64, 128, 256, 512), num_classes, classifier)
+    return ResNet(BasicBlock, 2, 64, (64, 128, 256, 512), num_classes, classifier)
