@@ -11,8 +11,6 @@ from utils.files import replacing
 LAST, BEST = 'checkpoint.pth.tar', 'model_best.pth.tar'
 CONTENTS = {'epoch': int, 'network': dict, 'state_dict': dict, 'optimizer': dict, 'random_state': dict, 'mean': list,
             'std': list, 'classes': list, 'best': dict, 'args': dict}
-
-
 RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'args.json', 'result.json')
 
 
@@ -61,8 +59,11 @@ def enter_folder(folder, resume, overwrite):
 
 
 def save(path, state):
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f'{path} could not be written ({error})') from error
 
 
 def read(path):

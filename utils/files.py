@@ -2,7 +2,6 @@
 import contextlib
 import json
 import os
-import tempfile
 
 
 @contextlib.contextmanager
@@ -11,17 +10,12 @@ def replacing(path):
 
     After an exception, or if the process dies, `path` is what it was before.
     """
-    root, extension = os.path.splitext(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or '.', prefix=f'.{os.path.basename(root)}-', suffix=extension)
-    os.close(handle)
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f'.unfinished-{name}')
     try:
         yield temporary
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
-        # mkstemp lets only the owner read; a result is as readable as any other new file
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -46,15 +46,19 @@ def check_arguments(args, parser):
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:
-            parser.error('--coef weighs the loss term of the one selected method that has one, but '
-                         + (' and '.join(weighted) + ' each do; use ' + ' and '.join(f'--{name}-coef' for name in weighted)
-                            if weighted else f'--method {" ".join(args.method) or "(none)"} has none'))
+            why = (f'{" and ".join(weighted)} each do; use {" and ".join(map(_coef_flag, weighted))}' if weighted
+                   else f'--method {" ".join(args.method) or "(none)"} has none')
+            parser.error(f'--coef weighs the loss term of the one selected method that has one, but {why}')
         if f'{weighted[0]}_coef' in args.given:
-            parser.error(f'--coef and --{weighted[0]}-coef are the same weight; use one of them')
+            parser.error(f'--coef and {_coef_flag(weighted[0])} are the same weight; use one of them')
         setattr(args, f'{weighted[0]}_coef', args.coef)
     for name in weighted:
         if not 0 <= getattr(args, f'{name}_coef') < math.inf:
-            parser.error(f'--{name}-coef must be a number of at least 0, was given {getattr(args, f"{name}_coef")}')
+            parser.error(f'{_coef_flag(name)} must be a number of at least 0, was given {getattr(args, f"{name}_coef")}')
+
+
+def _coef_flag(name):
+    return f'--{name.replace("_", "-")}-coef'
 
 
 def _flags(module):
