@@ -1,0 +1,49 @@
+"""What the documents tell people to type works."""
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+
+import cifar
+from utils import methods
+from utils.logger import read_log
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / 'README.md').read_text() + (ROOT / 'TRAINING.md').read_text()
+COMMANDS = sorted({re.split(r'\s{2,}#|`| \|', command.replace('\\\n', ' '))[0].strip()
+                   for command in re.findall(r'python cifar\.py((?:[^\n`\\]|\\\n)*)', TEXT)})
+
+
+@pytest.mark.parametrize('command', [command for command in COMMANDS if 'resume' not in command and 'help' not in command])
+def test_every_command_is_understood(command, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(command)])
+    cifar.parse_arguments()
+
+
+def test_the_commands_were_found():
+    assert len(COMMANDS) > 20 and any('--method dma' in command for command in COMMANDS)
+
+
+def test_the_readmes_own_method_trains_beside_dma(monkeypatch, tmp_path):
+    code = re.search(r'```python\n(# confidence\.py\n.*?)```', TEXT, re.DOTALL).group(1)
+    module = types.ModuleType('confidence')
+    exec(code, module.__dict__)
+    monkeypatch.setitem(methods.METHODS, 'confidence', module)
+    losses = []
+    for coef in (0, 5):
+        flags = f'-d digits --depth 8 --epochs 1 --manualSeed 0 --method dma confidence --dma-coef 0.5 --confidence-coef {coef}'
+        monkeypatch.setattr(sys, 'argv', ['cifar.py', *flags.split(), '-c', f'{tmp_path}/{coef}'])
+        cifar.main()
+        losses += read_log(f'{tmp_path}/{coef}/log.txt')['Train Loss']
+    assert losses[1] < losses[0] - 5  # minus five times an entropy of about log(10)
+
+
+def test_the_benchmark_runs():
+    command = [sys.executable, 'benchmarks/train_step.py', *'--depth 8 --batch 16 --steps 2 --rounds 1 --workers 1'.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'epoch of cifar\.py / bare loop: \d+\.\d+', result.stdout) and 'pipeline, bf16: ' in result.stdout
