@@ -116,17 +116,21 @@ def _folder(root, part, image_size, workers):
     def read(sample):
         try:
             with Image.open(sample[0]) as image:
-                # scales the shorter side and cuts out the centre; an image of the right size stays as it is
                 if image.mode.startswith(('I', 'F')):
                     raise ValueError(f'mode {image.mode}: more than 8 bits a channel')
+                # Scales the shorter side and cuts out the centre; an image of the right size stays as it is.
                 return np.asarray(ImageOps.fit(image.convert('RGB'), (image_size, image_size), Image.Resampling.BILINEAR))
         except Exception as error:  # PIL's readers of the many formats raise many kinds
             raise UserError(f'{sample[0]} cannot be read as an image ({error}); mend or remove it') from error
 
     images = np.empty((len(folder.samples), image_size, image_size, 3), dtype=np.uint8)
     with ThreadPoolExecutor(workers) as pool:
-        for index, image in enumerate(pool.map(read, folder.samples)):
-            images[index] = image
+        try:
+            for index, image in enumerate(pool.map(read, folder.samples)):
+                images[index] = image
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # a bad image, or Ctrl-C, does not wait for the rest
+            raise
     return Split(torch.from_numpy(images), torch.tensor(folder.targets), folder.classes)
 
 
