@@ -151,6 +151,12 @@ def test_validation_chooses_the_epoch_and_the_test_set_is_read_once(monkeypatch,
     assert 'chosen by validation' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('epochs, schedule', [(1, []), (2, [1]), (3, [1, 2]), (4, [2, 3]), (300, [150, 225])])
+def test_milestones_left_open_are_at_half_and_three_quarters(epochs, schedule, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', '--epochs', str(epochs)])
+    assert cifar.parse_arguments()[0].schedule == schedule
+
+
 def test_start_epoch_begins_the_schedule_there(monkeypatch, tmp_path):
     call(monkeypatch, f'-d digits --depth 8 --epochs 4 --schedule 2 --start-epoch 3 -c {tmp_path}')
     log = read_log(f'{tmp_path}/log.txt')

@@ -8,7 +8,7 @@ def settle(args, parser):
         for flag in sorted({'schedule', 'gamma'} & args.given):
             parser.error(f'--{flag} belongs to --lr-schedule step, not {args.lr_schedule}')
     elif args.schedule is None:
-        args.schedule = [args.epochs // 2, args.epochs * 3 // 4]
+        args.schedule = sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})
     elif max(args.schedule) >= args.epochs:
         parser.error(f'--schedule {" ".join(map(str, args.schedule))} goes past the last epoch; --epochs is {args.epochs}')
     if args.warmup is None:
