@@ -24,10 +24,10 @@ from utils.logger import Logger, plot_log, read_log, read_rows
 from utils.schedule import learning_rate
 
 
-# What a resumed run does not take over from the flags of the run before it, and what --evaluate does not ignore.
+# What a resumed run does not take over from the flags of the run before it; and the flags that mean something to --evaluate.
 NOT_INHERITED = {'given', 'checkpoint', 'overwrite', 'resume', 'evaluate', 'start_epoch', 'gpu_id', 'coef'}
 USED_BY_EVALUATE = {'evaluate', 'resume', 'arch', 'dataset', 'data', 'workers', 'image_size', 'test_batch', 'precision',
-                    'compile', 'deterministic', 'gpu_id'}
+                    'deterministic', 'gpu_id'}
 
 
 def make_parser():
@@ -171,7 +171,7 @@ def set_up_device(args):
             raise UserError(f'--gpu-id must name one CUDA device of this machine, and {args.gpu_id} names '
                             f'{torch.cuda.device_count()}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.compile and not shutil.which(os.environ.get('CXX', 'g++')):
+    if args.compile and not args.evaluate and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler, and there is no g++ here')
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:

@@ -258,6 +258,7 @@ def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monk
 @pytest.mark.parametrize('flags, sentence', [
     ('--epochs 3', 'less than the 4'), ('--manualSeed 5', '--manualSeed cannot change'), ('--val-split 0.1', '--val-split cannot change'),
     ('--start-epoch 1', 'exclude each other'), ('--arch vgg16', 'holds the architecture densenet'), ('-e --lr 0.1', 'not used by --evaluate'),
+    ('-e --compile', '--compile is not used by --evaluate'),
     ('--depth 16 -c fork', 'holds depth 10, but depth 16 was asked for'), ('-d cifar100 -c fork', 'num_classes 10, but num_classes 100'),
 ])
 def test_what_contradicts_the_checkpoint_is_refused(flags, sentence, reference, monkeypatch, tmp_path, capsys):

@@ -9,7 +9,7 @@ class Logger:
     """Appends rows to `path`. With `rows`, those of the run being resumed, it begins with them."""
 
     def __init__(self, path, columns, rows=()):
-        self.path, self.columns = path, columns
+        self.path = path
         with replacing(path) as temporary, open(temporary, 'w') as file:
             file.write('\t'.join(columns) + '\n')
             file.writelines('\t'.join(row) + '\n' for row in rows)
