@@ -18,7 +18,7 @@ from utils import checkpoint, data, methods, schedule
 from utils.arguments import Parser, number
 from utils.bar import ProgressLine
 from utils.errors import Stopped, UserError, run
-from utils.eval import Meter, cross_entropy, quantities
+from utils.eval import Meter, cross_entropy, quantities, shown_logits
 from utils.files import write_json
 from utils.logger import Logger, plot_log, read_log, read_rows
 from utils.schedule import learning_rate
@@ -53,6 +53,10 @@ def make_parser():
     group.add_argument('--epochs', type=number(int, 1), default=300, metavar='N', help='(300)')
     group.add_argument('--start-epoch', type=number(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
     group.add_argument('--train-batch', type=number(int, 1), default=128, metavar='N', help='(128)')
+    group.add_argument('--mini-batch', type=number(int, 1), metavar='N',
+                       help='pass each batch in parts of N, each with BatchNorm statistics (and noise) of its own')
+    group.add_argument('--batch-multiplier', type=number(int, 1), default=1, metavar='N',
+                       help='step along the mean gradient of N batches (1)')
     group.add_argument('--test-batch', type=number(int, 1), default=500, metavar='N', help='(500)')
     group.add_argument('--lr', type=number(float, 0), default=0.1, help='highest learning rate (0.1)')
     group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle'), default='step', help='(step)')
@@ -85,7 +89,7 @@ def parse_arguments():
     args, state = parser.parse_args(), None
     if args.resume:
         state = checkpoint.read(args.resume)
-        check_resumed(args, state, parser)
+        checkpoint.check_flags(args, state, USED_BY_EVALUATE, parser)
         args = parser.parse_args(defaults=state['args'])
     elif args.evaluate:
         parser.error('--evaluate needs --resume FILE, the checkpoint to evaluate')
@@ -100,10 +104,13 @@ def parse_arguments():
     # What is derived below from other flags is derived anew when the run is resumed, perhaps with other flags.
     args.inherited = {name: value for name, value in vars(args).items() if name not in NOT_INHERITED}
     schedule.settle(args, parser)
+    if (args.mini_batch or 1) > args.train_batch:
+        parser.error(f'--mini-batch {args.mini_batch} is a part of --train-batch, which is {args.train_batch}')
     try:
         args.network = models.resolve_options(args.arch, {name: getattr(args, name) for name in models.OPTION_FLAGS})
         with torch.device('meta'):
-            models.build(args.arch, 2, **args.network)
+            models.build(args.arch, 2, methods.build_head(args), **args.network)
+        methods.build_optimizer(args, torch.nn.Linear(1, 1), steps_per_epoch=1)
     except ValueError as error:
         parser.error(str(error))
     if args.checkpoint is None:
@@ -112,29 +119,13 @@ def parse_arguments():
     return args, state
 
 
-def check_resumed(args, state, parser):
-    """Refuse, on the command line of a resumed or evaluated run, what would contradict the checkpoint or do nothing."""
-    if 'arch' in args.given and args.arch != state['network'].get('arch'):
-        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} was given')
-    if args.evaluate:
-        for name in sorted(args.given - USED_BY_EVALUATE):
-            parser.error(f'--{name.replace("_", "-")} is not used by --evaluate')
-    elif 'epochs' in args.given and args.epochs < state['epoch']:
-        parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
-    if 'start_epoch' in args.given:
-        parser.error('--start-epoch and --resume exclude each other: a checkpoint knows its epoch')
-    for name, flag in (('seed', '--manualSeed'), ('val_split', '--val-split')):
-        if name in args.given and getattr(args, name) != state['args'].get(name):
-            parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
-                         f'the checkpoint has {state["args"].get(name)}')
-
-
 def main():
     args, state = parse_arguments()
     if not args.evaluate:
         checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
-    device = set_up_device(args)
     network = {'arch': args.arch, **args.network, 'num_classes': count_classes(args, state)}
+    rehearse(args, network)
+    device = set_up_device(args)
     model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
     if state:
         checkpoint.load_model(model, state, network, args.resume)
@@ -150,7 +141,7 @@ def main():
 
     state = state or {'epoch': args.start_epoch, 'network': network}
     batches = load_batches(args, state, device)
-    optimizer = methods.build_optimizer(args, model.parameters())
+    optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
         checkpoint.load_optimizer(optimizer, state, args.resume)
         checkpoint.set_random_state(state['random_state'])
@@ -161,6 +152,17 @@ def main():
         last = shlex.quote(os.path.join(args.checkpoint, checkpoint.LAST))
         stop.sentence = f'Stopped; the finished epochs are kept. Go on with: python cifar.py --resume {last}'
         raise
+
+
+def rehearse(args, network):
+    """A pass over images without content: a loss that cannot work is refused before an image is read or a file written."""
+    if not args.evaluate:
+        model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
+        inputs, targets = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+        try:
+            methods.build_criterion(args, model)(model(inputs, targets), targets)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def set_up_device(args):
@@ -186,8 +188,9 @@ def count_classes(args, state):
     if args.evaluate:
         return len(state['classes'])
     known = data.describe(args.dataset, args.data)
-    if args.train_batch > known.train_size * (1 - (args.val_split or 0)):
-        raise UserError(f'--train-batch {args.train_batch} is larger than the training set of {known.train_size} images'
+    if args.train_batch * args.batch_multiplier > known.train_size * (1 - (args.val_split or 0)):
+        times = f' times --batch-multiplier {args.batch_multiplier}' if args.batch_multiplier > 1 else ''
+        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {known.train_size} images'
                         + (f' less --val-split {args.val_split}' if args.val_split else ''))
     return known.num_classes
 
@@ -209,7 +212,8 @@ def load_batches(args, state, device):
         state['classes'] = splits['train'].classes
     if args.val_split:
         splits['train'], splits['val'] = data.split_validation(splits['train'], args.val_split, args.seed)
-    return {part: data.Batches(split, state['mean'], state['std'], args.train_batch if part == 'train' else args.test_batch,
+    sizes = {'train': args.train_batch * args.batch_multiplier}
+    return {part: data.Batches(split, state['mean'], state['std'], sizes.get(part, args.test_batch),
                                device, padding=4, flip=data.DATASETS[args.dataset].flip) for part, split in splits.items()}
 
 
@@ -217,7 +221,7 @@ def fit(args, state, model, optimizer, batches):
     """Train from epoch state['epoch'] to the last; after each one judge, log, save and draw."""
     in_folder = functools.partial(os.path.join, args.checkpoint)
     judge = 'val' if args.val_split else 'test'
-    criterion = methods.build_criterion(args)
+    criterion = methods.build_criterion(args, model)
     compiled = torch.compile(model) if args.compile else model
     columns = ['Epoch', 'Learning Rate', *(f'{part} {quantity}' for part in ('Train', judge.title())
                                            for quantity in quantities(state['network']['num_classes'])), 'Seconds']
@@ -260,6 +264,7 @@ def train(batches, model, criterion, optimizer, epoch, args):
     """One epoch; returns the mean loss and the accuracies seen on the way."""
     model.train()
     meter = Meter(len(batches), batches.num_classes, batches.device)
+    next_part = getattr(optimizer, 'next_part', lambda: None)
     with ProgressLine(f'train {epoch + 1}/{args.epochs}', len(batches)) as bar:
         asked = time.perf_counter()
         for index, (inputs, targets) in enumerate(batches.shuffled(args.seed, epoch)):
@@ -267,18 +272,27 @@ def train(batches, model, criterion, optimizer, epoch, args):
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(epoch * len(batches) + index, len(batches), args)
 
+            size = args.mini_batch or args.train_batch
+            parts = list(zip(inputs.split(size), targets.split(size)))
+
             def closure():
                 optimizer.zero_grad()
-                with torch.autocast(batches.device.type, torch.bfloat16, enabled=args.precision == 'bf16'):
-                    outputs = model(inputs, targets)
-                    loss = criterion(outputs, targets)
-                loss.backward()
+                logits, losses = [], []
+                for number, (images, labels) in enumerate(parts):
+                    if number > 0:
+                        next_part()
+                    with torch.autocast(batches.device.type, torch.bfloat16, enabled=args.precision == 'bf16'):
+                        outputs = model(images, labels)
+                        loss = criterion(outputs, labels) * (len(labels) / len(targets))
+                    loss.backward()
+                    logits.append(shown_logits(outputs, model))
+                    losses.append(loss.detach())
                 if args.clip_norm:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-                return outputs, loss
+                return torch.cat(logits), sum(losses)
 
-            outputs, loss = optimizer.step(closure)
-            meter.update(outputs, targets, loss)
+            logits, loss = optimizer.step(closure)
+            meter.update(logits, targets, loss)
             if bar.advance(meter, data_seconds):
                 check_losses(meter, epoch, len(batches), args)
             asked = time.perf_counter()

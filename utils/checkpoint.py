@@ -83,6 +83,23 @@ def read(path):
     return state
 
 
+def check_flags(args, state, used_by_evaluate, parser):
+    """Refuse, on the command line of a resumed or evaluated run, what would contradict the checkpoint or do nothing."""
+    if 'arch' in args.given and args.arch != state['network'].get('arch'):
+        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} was given')
+    if args.evaluate:
+        for name in sorted(args.given - used_by_evaluate):
+            parser.error(f'--{name.replace("_", "-")} is not used by --evaluate')
+    elif 'epochs' in args.given and args.epochs < state['epoch']:
+        parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
+    if 'start_epoch' in args.given:
+        parser.error('--start-epoch and --resume exclude each other: a checkpoint knows its epoch')
+    for name, flag in (('seed', '--manualSeed'), ('val_split', '--val-split')):
+        if name in args.given and getattr(args, name) != state['args'].get(name):
+            parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
+                         f'the checkpoint has {state["args"].get(name)}')
+
+
 def load_model(model, state, asked, path):
     """Load the weights into `model`; UserError if they are those of another network than `asked` describes."""
     held = state['network']

@@ -8,6 +8,12 @@ def logits_of(outputs):
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
+def shown_logits(outputs, model):
+    """What training accuracy is counted on, detached: the logits, or those without margin if the head trains on others."""
+    plain = getattr(model.head, 'plain_logits', None)
+    return logits_of(outputs).detach() if plain is None else plain
+
+
 def cross_entropy(outputs, targets):
     """Mean cross-entropy over the batch, natural logarithm, in float32 whatever the precision of the network."""
     return F.cross_entropy(logits_of(outputs).float(), targets)

@@ -3,7 +3,13 @@
 A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs:
     head(args)            -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
     loss_term(args)       -> (outputs, targets, activations) -> scalar, added to the cross-entropy
-    optimizer(args)       -> a class or function (params, lr, **options) -> optimizer, used in place of torch.optim.SGD
+    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used in place of torch.optim.SGD
+and, where it needs them:
+    layers(args)                -> names of the modules whose outputs are the activations of its loss term
+    cross_entropy_weight(args)  -> the weight of the cross-entropy beside its loss term, 1 if it does not say
+    FIRST_VALUES                = flags that a checkpoint's state takes the place of, so that a resumed run refuses them
+A head with `after_step()` is told of every optimizer step; one that trains on other logits than it predicts with shows
+the latter as `plain_logits`. An optimizer with `next_part()` is told when a batch that is split goes on to its next part.
 A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it.
 """
 import argparse
@@ -13,11 +19,16 @@ import math
 import torch
 from torch import nn
 
+from utils.activations import Activations
 from utils.eval import cross_entropy
 
 # A method of your own is one more line here, the name of its file.
 METHODS = {name: importlib.import_module(name) for name in (
     'dma',
+    'lsoftmax',
+    'amp',
+    'smoothout',
+    'large_margin',
 )}
 
 
@@ -44,6 +55,10 @@ def check_arguments(args, parser):
         unused = sorted(_flags(module) & args.given)
         if unused and name not in args.method:
             parser.error(f'--{unused[0].replace("_", "-")} is a flag of --method {name}, which is not selected')
+        if name in args.method and args.compile and hasattr(module, 'layers'):
+            parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what is compiled')
+        for flag in sorted(getattr(module, 'FIRST_VALUES', set()) & args.given if args.resume else ()):
+            parser.error(f'--{flag.replace("_", "-")} is where a new run begins; a resumed one goes on from what the checkpoint has')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:
@@ -68,8 +83,8 @@ def _flags(module):
     return set(vars(parser.parse_args([])))
 
 
-def _chosen(args, part):
-    return [getattr(METHODS[name], part)(args) for name in args.method if hasattr(METHODS[name], part)]
+def _chosen(args, part, *context):
+    return [getattr(METHODS[name], part)(args, *context) for name in args.method if hasattr(METHODS[name], part)]
 
 
 def build_head(args):
@@ -77,17 +92,29 @@ def build_head(args):
     return (_chosen(args, 'head') or [nn.Linear])[0]
 
 
-def build_criterion(args):
-    """(outputs, targets) -> scalar: cross-entropy plus the chosen methods' terms."""
-    terms = _chosen(args, 'loss_term')
+def build_criterion(args, model):
+    """(outputs, targets) -> scalar: cross-entropy, unless a method does without, plus the chosen methods' terms.
+
+    ValueError if a method asks for layers that `model` does not have.
+    """
+    weight = math.prod(_chosen(args, 'cross_entropy_weight'))
+    terms = []
+    for module in (METHODS[name] for name in args.method if hasattr(METHODS[name], 'loss_term')):
+        layers = Activations(model, module.layers(args)).read if hasattr(module, 'layers') else list
+        terms.append((module.loss_term(args), layers))
 
     def criterion(outputs, targets):
-        return cross_entropy(outputs, targets) + sum(term(outputs, targets, ()) for term in terms)
+        loss = weight * cross_entropy(outputs, targets) if weight else 0
+        return loss + sum(term(outputs, targets, layers()) for term, layers in terms)
 
     return criterion
 
 
-def build_optimizer(args, params):
-    """SGD, or what the chosen method puts in its place."""
-    make = (_chosen(args, 'optimizer') or [torch.optim.SGD])[0]
-    return make(params, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
+def build_optimizer(args, model, steps_per_epoch):
+    """SGD, or what the chosen method puts in its place, for the parameters of `model`."""
+    make = (_chosen(args, 'optimizer', model, steps_per_epoch) or [torch.optim.SGD])[0]
+    optimizer = make(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
+    for module in model.modules():
+        if hasattr(module, 'after_step'):
+            optimizer.register_step_post_hook(lambda *_, module=module: module.after_step())
+    return optimizer

@@ -1,0 +1,51 @@
+"""What layers return on the way through a network, for losses that look inside it."""
+import functools
+
+import torch
+
+from utils.eval import logits_of
+
+
+class Activations:
+    """The outputs of the modules of `model` that `names` lists, in the newest pass that has gradients.
+
+    A name is as in model.named_modules(); `input` is the images, which get a gradient of their own. ValueError for a name
+    that the model does not have, and from `read` for an output that cannot be used.
+    """
+
+    def __init__(self, model, names):
+        modules = {name: module for name, module in model.named_modules() if name}
+        for name in names:
+            if name != 'input' and name not in modules:
+                outer = [name for name in modules if name.count('.') <= 1]
+                raise ValueError(f'there is no layer {name} in this network, which has input {" ".join(outer[:40])}'
+                                 + (' ...' if len(outer) > 40 else ''))
+        self.names, self.kept = names, {}
+        for name in names:
+            if name == 'input':
+                model.register_forward_pre_hook(self._at_input)
+            else:
+                modules[name].register_forward_hook(functools.partial(self._keep, name))
+
+    def _at_input(self, model, inputs):
+        if torch.is_grad_enabled():
+            images = inputs[0].detach().requires_grad_()
+            self._keep('input', model, None, images)
+            return images, *inputs[1:]
+
+    def _keep(self, name, module, inputs, outputs):
+        if torch.is_grad_enabled():
+            output = logits_of(outputs)
+            self.kept[name] = output, output._version
+
+    def read(self):
+        """The tensors, in the order of the names; they are not kept any longer."""
+        kept, self.kept = self.kept, {}
+        for name in self.names:
+            if name not in kept:
+                raise ValueError(f'layer {name} takes no part in the forward pass')
+            output, version = kept[name]
+            if output._version != version:
+                raise ValueError(f'layer {name} cannot be used, as what follows it overwrites its output in place; '
+                                 'name the layer behind or the one before')
+        return [kept[name][0] for name in self.names]
