@@ -68,7 +68,7 @@ def cifar_train(options, split, precision):
     args = cifar.make_parser().parse_args(
         f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed 0'.split())
     model = network(options)
-    optimizer, criterion = methods.build_optimizer(args, model.parameters()), methods.build_criterion(args)
+    optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
     batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
     batches.steps = options.steps
     return lambda: cifar.train(batches, model, criterion, optimizer, 0, args), model, optimizer

@@ -346,9 +346,9 @@ def test_a_sixth_method_is_one_file_and_one_line(monkeypatch, tmp_path):
     seen = []
 
     monkeypatch.setitem(methods.METHODS, 'sixth', a_method(head=lambda args: Scaled, loss_term=lambda args: lambda o, t, a:
-                                                           seen.append(args.sixth_coef) or 0.0, optimizer=lambda args: TwiceSGD))
+                                                           seen.append(args.sixth_coef) or 0.0, optimizer=lambda *args: TwiceSGD))
     call(monkeypatch, f'-d digits --depth 8 --epochs 1 --method sixth --coef 3 -c {tmp_path}')
-    assert seen == [3.0] * 24  # twelve steps, two closures each
+    assert seen == [3.0] * 25  # a rehearsal, and twelve steps of two closures each
 
 
 def test_two_heads_or_two_optimizers_are_refused(monkeypatch, capsys):
@@ -364,9 +364,9 @@ def test_two_heads_or_two_optimizers_are_refused(monkeypatch, capsys):
 
 def test_the_total_loss_is_cross_entropy_plus_coef_times_dma():
     from dma import dma_loss
-    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3))
+    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3), model=None)
     outputs, targets = (torch.randn(4, 3), torch.rand(4, 3)), torch.tensor([0, 1, 2, 0])
     expected = nn.functional.cross_entropy(outputs[0], targets) + 0.3 * dma_loss(outputs[1])
     torch.testing.assert_close(criterion(outputs, targets), expected)
-    plain = methods.build_criterion(argparse.Namespace(method=[]))
+    plain = methods.build_criterion(argparse.Namespace(method=[]), model=None)
     torch.testing.assert_close(plain(outputs[0], targets), nn.functional.cross_entropy(outputs[0], targets))
