@@ -11,7 +11,7 @@ once per optimizer step. Use in a loop of your own:
 
     head = LSoftmaxLinear(512, 10, margin=4)           # in place of nn.Linear(512, 10)
     logits = head(features, targets)                   # in evaluation head(features)
-    loss = F.cross_entropy(logits, targets)            # what to count accuracy on is head.plain_logits
+    loss = F.cross_entropy(logits, targets)            # count accuracy on head.without_margin(logits)
     ...
     optimizer.step()
     head.after_step()                                  # beta falls; without this line it stays where it is
@@ -61,7 +61,7 @@ class LSoftmaxLinear(nn.Linear):
             margined = self._with_margin(plain, length * torch.linalg.vector_norm(x, dim=1))
             # In place: with very many classes a second (batch, classes) tensor would be what fills the memory.
             logits.scatter_(1, targets[:, None], margined[:, None])
-            self._last = logits.detach(), targets, plain.detach()
+            self._last = targets, plain.detach()
             return logits
 
     def _with_margin(self, dot, lengths):
@@ -73,13 +73,15 @@ class LSoftmaxLinear(nn.Linear):
         beta = self.beta.clamp(min=self.beta_min)
         return (lengths * psi + beta * dot) / (1 + beta)
 
-    @property
-    def plain_logits(self):
-        """x W^T of the last training forward, detached, or None after an evaluation: what shows whether it was right."""
+    def without_margin(self, logits):
+        """x W^T, detached, from the logits that the last training forward returned; in evaluation the logits as they are.
+
+        What says whether a sample is right: its target may have the largest cosine and still lack the margin.
+        """
         if self._last is None:
-            return None
-        logits, targets, plain = self._last
-        return logits.scatter(1, targets[:, None], plain[:, None])
+            return logits.detach()
+        targets, plain = self._last
+        return logits.detach().scatter(1, targets[:, None], plain[:, None])
 
     def after_step(self):
         """Call once after each optimizer step."""
@@ -171,4 +173,4 @@ if __name__ == '__main__':
         logits = layer(x, targets)
         target_logits = [round(logit, 2) for logit in logits.gather(1, targets[:, None]).flatten().tolist()]
         print(f'beta {beta:5.1f}: loss {F.cross_entropy(logits, targets):.4f}, target logits {target_logits}')
-    print(f'plain logits: loss {F.cross_entropy(layer.plain_logits, targets):.4f}')
+    print(f'plain logits: loss {F.cross_entropy(layer.without_margin(logits), targets):.4f}')

@@ -281,7 +281,7 @@ def test_empty_batch_one_image_and_one_class():
     x = torch.empty(0, 4, requires_grad=True)
     logits = head(x, torch.empty(0, dtype=torch.long))
     logits.sum().backward()
-    assert logits.shape == head.plain_logits.shape == (0, 3)
+    assert logits.shape == head.without_margin(logits).shape == (0, 3)
     assert x.grad.shape == (0, 4) and (head.weight.grad == 0).all()
     assert head.eval()(x).shape == (0, 3)
 
@@ -319,19 +319,19 @@ def test_evaluation_is_plain_with_and_without_targets():
     assert head(torch.randn(6, 5).bfloat16()).dtype == torch.float32
 
 
-def test_plain_logits_are_those_to_count_accuracy_on():
+def test_accuracy_is_counted_without_the_margin():
     targets = torch.arange(20) % 5
     x = (F.one_hot(targets, 5) + 0.8 * F.one_hot((targets + 1) % 5, 5)).float()  # 39 degrees off, nearest to the target
     head = head_with(torch.eye(5), margin=4)
-    assert head.plain_logits is None
     logits = head(x.requires_grad_(), targets)
-    assert torch.equal(head.plain_logits, x.detach()) and not head.plain_logits.requires_grad
+    plain = head.without_margin(logits)
+    assert torch.equal(plain, x.detach()) and not plain.requires_grad
     assert (logits.argmax(dim=1) == targets).sum() == 0
-    assert (head.plain_logits.argmax(dim=1) == targets).all()
+    assert (plain.argmax(dim=1) == targets).all()
     F.cross_entropy(logits, targets).backward()  # reading them changed nothing of the graph
-    torch.testing.assert_close(copy.deepcopy(head).plain_logits, head.plain_logits)
-    head.eval()(x)
-    assert head.plain_logits is None
+    assert torch.equal(copy.deepcopy(head).without_margin(logits), plain)
+    logits = head.eval()(x)
+    assert torch.equal(head.without_margin(logits), logits)
 
 
 def test_beta_is_saved_loaded_and_used():
@@ -376,7 +376,8 @@ def test_beta_counts_as_no_less_than_its_floor():
 
 def test_a_large_beta_is_plain_softmax():
     head, x, targets = LSoftmaxLinear(5, 4, beta=1e7), torch.randn(6, 5), torch.arange(6) % 4
-    torch.testing.assert_close(head(x, targets), head.plain_logits, rtol=1e-4, atol=1e-5)
+    logits = head(x, targets)
+    torch.testing.assert_close(logits, head.without_margin(logits), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
@@ -392,7 +393,7 @@ def test_bf16_autocast_changes_neither_logits_nor_gradients(device, backward_ins
         head, x = head_with(W.to(device), margin=4).to(device), x.clone().requires_grad_()
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             logits = head(x, targets)
-            assert head.plain_logits.dtype == torch.float32
+            assert head.without_margin(logits).dtype == torch.float32
             loss = (logits * torch.linspace(-1, 1, 4, device=device)).sum()
             if backward_inside:
                 loss.backward()
@@ -441,8 +442,8 @@ def test_the_loss_trains_features_of_one_class_towards_each_other():
         loss_function(network(x), targets).backward()
         optimizer.step()
         loss_function.after_step()
-    assert (loss_function.head.plain_logits.argmax(dim=1) == targets).float().mean() > 0.95
-    assert loss_function(network(x), targets) < 0.3  # with a margin, by then
+    assert (loss_function.head.eval()(network(x)).argmax(dim=1) == targets).float().mean() > 0.95
+    assert loss_function.train()(network(x), targets) < 0.3  # with a margin, by then
 
 
 @pytest.mark.parametrize('options, message', [

@@ -9,9 +9,9 @@ def logits_of(outputs):
 
 
 def shown_logits(outputs, model):
-    """What training accuracy is counted on, detached: the logits, or those without margin if the head trains on others."""
-    plain = getattr(model.head, 'plain_logits', None)
-    return logits_of(outputs).detach() if plain is None else plain
+    """What training accuracy is counted on, detached: the logits, without the margin if the head trains with one."""
+    logits = logits_of(outputs).detach()
+    return model.head.without_margin(logits) if hasattr(model.head, 'without_margin') else logits
 
 
 def cross_entropy(outputs, targets):

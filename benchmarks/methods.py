@@ -1,0 +1,116 @@
+"""What each method costs: a step of cifar.py with it over the same step of plain SGD, as ratios of times measured alternately.
+
+    python benchmarks/methods.py                         ResNet-20, batch 128, about fifteen minutes on two cores
+    python benchmarks/methods.py --rows dma lsoftmax     some of the rows
+
+A step is all that the training loop does with a batch, making the batch and counting the accuracy included. Every round
+times plain SGD and then each method; a ratio is taken within a round, and the median of the rounds is printed. Then the
+peak memory of a training step of LSoftmaxLinear over that of nn.Linear, with 100,000 classes, each in a process of its own.
+"""
+import argparse
+import functools
+import multiprocessing
+import pathlib
+import re
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+from train_step import DEVICE, FirstBatches, seconds
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import cifar  # noqa: E402
+from lsoftmax import LSoftmaxLinear  # noqa: E402
+from models import cifar as models  # noqa: E402
+from utils import data, methods  # noqa: E402
+
+LAYERS = '--large-margin-layers input layer1 layer2 layer3'
+ROWS = {
+    'dma': '--method dma',
+    'lsoftmax': '--method lsoftmax --margin 4',
+    'smoothout': '--method smoothout',
+    'amp': '--method amp',
+    'large_margin': f'--method large_margin {LAYERS}',
+    'large_margin_3': f'--method large_margin {LAYERS} --top-k 3',
+}
+
+
+def epoch(flags, options, split):
+    """A function that trains on the first `options.steps` batches of an epoch."""
+    args = cifar.make_parser().parse_args(f'--epochs 2 --lr-schedule cosine --warmup 0 --lr 1e-3 --manualSeed 0 {flags}'.split())
+    torch.manual_seed(0)
+    model = models.build(options.arch, 10, methods.build_head(args), depth=options.depth)
+    model.to(DEVICE, memory_format=torch.channels_last)
+    batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
+    batches.steps = options.steps
+    optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
+    return functools.partial(cifar.train, batches, model, criterion, optimizer, 0, args)
+
+
+def peak_memory(kind, classes, features, batch, answer):
+    """MiB that two training steps of a classifier need at most, its weight and gradient included."""
+    def used():
+        if DEVICE.type == 'cuda':
+            return torch.cuda.max_memory_allocated() / 2 ** 20
+        status = pathlib.Path('/proc/self/status').read_text()  # the most that this process has ever held; Linux only
+        return int(re.search(r'VmHWM:\s+(\d+) kB', status).group(1)) / 2 ** 10
+
+    torch.ones(8, 8, device=DEVICE) @ torch.ones(8, 8, device=DEVICE)  # what the libraries hold for themselves
+    before = used()
+    torch.manual_seed(0)
+    x, targets = torch.randn(batch, features, device=DEVICE), torch.randint(classes, (batch,), device=DEVICE)
+    with torch.device(DEVICE):
+        layer = LSoftmaxLinear(features, classes) if kind == 'lsoftmax' else torch.nn.Linear(features, classes, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        hidden = x.clone().requires_grad_()
+        F.cross_entropy(layer(hidden, targets) if kind == 'lsoftmax' else layer(hidden), targets).backward()
+        optimizer.step()
+    answer.put(used() - before)
+
+
+def in_own_process(*arguments):
+    context = multiprocessing.get_context('spawn')
+    answer = context.Queue()
+    process = context.Process(target=peak_memory, args=(*arguments, answer))
+    process.start()
+    value = answer.get(timeout=600)
+    process.join()
+    return value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--arch', default='resnet')
+    parser.add_argument('--depth', type=int)
+    parser.add_argument('--batch', type=int, default=128)
+    parser.add_argument('--steps', type=int, default=10, help='steps in one timing')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
+    parser.add_argument('--classes', type=int, default=100000, help='of the measurement of memory; 0 leaves it out')
+    options = parser.parse_args()
+    generator = torch.Generator().manual_seed(0)
+    split = data.Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8, generator=generator),
+                       torch.randint(10, (50000,), generator=generator), list('0123456789'))
+    timed = {'plain': epoch('', options, split), **{name: epoch(ROWS[name], options, split) for name in options.rows}}
+    for function in timed.values():
+        function()  # warm-up: memory, autotuning
+    rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(options.rounds)]
+
+    name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{options.arch}, batch {options.batch}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}, {name}')
+    plain = statistics.median(row['plain'] for row in rounds) / options.steps
+    print(f'plain SGD: {plain * 1000:.1f} ms per step')
+    for name in options.rows:
+        ratios = sorted(row[name] / row['plain'] for row in rounds)
+        print(f'{ROWS[name]:90} {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f})')
+    if options.classes:
+        peaks = {kind: in_own_process(kind, options.classes, 512, 256) for kind in ('lsoftmax', 'linear')}
+        print(f'peak memory of a step with {options.classes} classes, 512 features, batch 256: LSoftmaxLinear {peaks["lsoftmax"]:.0f} MiB, '
+              f'nn.Linear {peaks["linear"]:.0f} MiB, ratio {peaks["lsoftmax"] / peaks["linear"]:.3f}')
+
+
+if __name__ == '__main__':
+    main()
