@@ -24,16 +24,19 @@ import math
 
 import torch
 
+
 class AMP(torch.optim.Optimizer):
     """Wraps `base_optimizer`, any torch.optim class, whose options are passed on; SGD by default.
 
     epsilon: radius of the ball, at least 0. inner_lr: step size in it. inner_iter: steps in it; 0 is the base optimizer.
     perturbation: 'tensor', one ball for each parameter tensor as in the original code, or 'global', one for all of them.
-    buffers: tensors that only the first pass may change, such as list(model.buffers()): BatchNorm's statistics then
-    are those of the weights that are kept. Without it every pass changes them, as in the original code.
+    buffers: tensors that only the first pass may change, such as model.buffers() of a model that is on its device:
+    BatchNorm's statistics then are those of the weights that are kept. Without it every pass changes them, as in the
+    original code.
 
     Raises ValueError for an option out of range. All but `perturbation` and `buffers` can be set per parameter group.
-    Groups and state are those of the base optimizer, so schedulers and state_dict work as on it.
+    Groups and state are those of the base optimizer, so schedulers and state_dict work as on it. The parameters are on
+    one device, their gradients dense.
     """
 
     def __init__(self, params, lr, epsilon, inner_lr=1.0, inner_iter=1, perturbation='tensor', buffers=(),
@@ -62,6 +65,8 @@ class AMP(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
+        for group in self.param_groups:  # of the base optimizer alone, perhaps
+            group.update({**self.defaults, **group})
 
     def __getstate__(self):
         return {**super().__getstate__(), 'base_optimizer': self.base_optimizer, 'perturbation': self.perturbation,
@@ -72,8 +77,9 @@ class AMP(torch.optim.Optimizer):
         """One step; returns what the first call of `closure` returned, which is the pass at the weights themselves.
 
         closure() clears the gradients, computes the loss, calls backward and returns what it likes. It is called
-        1 + inner_iter times. If it raises, or the length of a gradient is infinite or NaN, the weights stay as they were,
-        unless inner_iter is 0. A parameter without a gradient in one of the passes takes no part in the step.
+        1 + inner_iter times. If it raises, the weights stay as they were. So they do if the length of a gradient is infinite
+        or NaN, unless inner_iter is 0; the base optimizer's state then is as after a gradient of 0. A parameter without
+        a gradient in one of the passes takes no part in the step.
         """
         closure = torch.enable_grad()(closure)
         passes = max(group['inner_iter'] for group in self.param_groups)
@@ -126,8 +132,8 @@ class AMP(torch.optim.Optimizer):
         lengths = [torch.stack(torch._foreach_norm(delta)) for delta in deltas]
         whole = torch.linalg.vector_norm(torch.cat(lengths))
         for (group, _), delta, length in zip(groups, deltas, lengths):
-            length = whole.expand_as(length) if self.perturbation == 'global' else length
-            torch._foreach_mul_(delta, (group['epsilon'] / (length + 1e-12)).clamp(max=1).unbind())
+            factor = (group['epsilon'] / ((whole if self.perturbation == 'global' else length) + 1e-12)).clamp(max=1)
+            torch._foreach_mul_(delta, factor if self.perturbation == 'global' else factor.unbind())
         return deltas, torch.cat(lengths)
 
 
@@ -157,22 +163,25 @@ def add_arguments(parser):
 
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
+    unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics'} & args.given
+    if args.inner_iter == 0 and unused:
+        raise ValueError(f'--{unused.pop().replace("_", "-")} does nothing with --inner-iter 0, which is plain SGD')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
                              perturbation=args.perturbation, buffers=() if args.perturbed_statistics else model.buffers())
 
 
 if __name__ == '__main__':
-    # f(w) = min(50 w^2, (w - 2)^2 + 0.1) has a sharp minimum at 0 and a flat, higher one at 2; begin beside the sharp one
-    for epsilon in (0.0, 0.1, 0.5):
-        w = torch.nn.Parameter(torch.tensor([0.05]))
-        example = AMP([w], lr=0.01, epsilon=epsilon)
+    # f(w) = min(50 w^2, (w - 2)^2 + 0.1) has a sharp minimum at 0 and a flat, higher one at 2; look from beside each
+    for start in (0.01, 2.01):
+        w = torch.nn.Parameter(torch.tensor([start]))
+        example, losses = AMP([w], lr=0.0, epsilon=0.1, inner_iter=3), []
 
         def closure():
             example.zero_grad()
             loss = torch.minimum(50 * w ** 2, (w - 2) ** 2 + 0.1).sum()
             loss.backward()
+            losses.append(loss.item())
             return loss
 
-        for _ in range(500):
-            loss = example.step(closure)
-        print(f'epsilon {epsilon}: from the sharp minimum at 0 to {w.item():.2f}, loss {loss.item():.2f} (the flat one is at 2)')
+        example.step(closure)
+        print(f'at {start}: loss {losses[0]:.3f}, and on the way to the worst within 0.1:', [round(loss, 3) for loss in losses[1:]])

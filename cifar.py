@@ -104,8 +104,8 @@ def parse_arguments():
     # What is derived below from other flags is derived anew when the run is resumed, perhaps with other flags.
     args.inherited = {name: value for name, value in vars(args).items() if name not in NOT_INHERITED}
     schedule.settle(args, parser)
-    if (args.mini_batch or 1) > args.train_batch:
-        parser.error(f'--mini-batch {args.mini_batch} is a part of --train-batch, which is {args.train_batch}')
+    if args.train_batch % (args.mini_batch or 1):
+        parser.error(f'--mini-batch {args.mini_batch} does not divide --train-batch, which is {args.train_batch}')
     try:
         args.network = models.resolve_options(args.arch, {name: getattr(args, name) for name in models.OPTION_FLAGS})
         with torch.device('meta'):
@@ -156,7 +156,7 @@ def main():
 
 def rehearse(args, network):
     """A pass over images without content: a loss that cannot work is refused before an image is read or a file written."""
-    if not args.evaluate:
+    if args.method and not args.evaluate:
         model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
         inputs, targets = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
         try:

@@ -8,27 +8,29 @@ Elsayed, Krishnan, Mobahi, Regan and Bengio, "Large Margin Deep Networks for Cla
     loss = max(0, gamma - max(d, gamma (1 - alpha))) - gamma  =  -clip(d, gamma (1 - alpha), gamma)
            for d of the nearest of the top_k other classes, or of each; mean over the batch and over the layers
 
-A sample that is wrong by more than gamma (alpha - 1) has gradient zero, so add some cross-entropy where many are. The
-parameters move only along the gradient of d, never that of the quantities it is made of, which is why they come from
-torch.autograd.grad and not from `backward`: a loop that calls backward for every difference p_y - p_j, to read the gradient
-off the input, also adds each of them into the .grad of every parameter. The optimizer then follows mostly those, downhill,
-which lowers p_y; the softmax saturates on wrong classes, the gradient at the input vanishes, d is clipped, and the loss
-itself has no gradient any more. Setting the gradient of the input to zero in between does not help the parameters.
-`python large_margin.py` trains with `train_epoch` below, which can stand in for such a loop.
+A sample that is wrong by more than gamma (alpha - 1) has gradient zero, so add some cross-entropy where many are.
+
+Only the loss may write into the .grad of the parameters, so the gradients at the layers come from torch.autograd.grad. A loop
+over samples and classes that calls `backward` on each p_y - p_j, to read its gradient off the input, also adds it to the
+.grad of every parameter. The optimizer then follows mostly these, downhill, which lowers p_y; the softmax saturates on
+wrong classes, the gradient at the input vanishes, d is clipped, and the loss has no gradient any more: learning stops. That
+shows where the input's gradient is set to zero in between. Where it is not it adds up, so d is shorter and clipped later,
+and the parameters are polluted as before; what helps them is a zero_grad() before the last backward, or no backward but
+the last. `python large_margin.py` trains with `train_epoch` below, which can stand in for such a loop.
 """
 import math
 
 import torch
 from torch import nn
 
-DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
+DUAL = {'1': math.inf, '2': 2, 'inf': 1}
 
 
 class LargeMarginLoss(nn.Module):
     """(logits, targets, activations) -> scalar, between -gamma and gamma (alpha - 1) for one class and layer weights None.
 
     gamma: the distance beyond which a sample is left alone, in the units of the norm; above 0. alpha: samples count down
-    to the distance gamma (1 - alpha), so alpha above 1 keeps wrong ones; at least 0. top_k: how many other classes, the
+    to the distance gamma (1 - alpha), so alpha above 1 keeps wrong ones; above 0. top_k: how many other classes, the
     most probable; at most classes - 1. norm: 1, 2 or inf (math.inf or 'inf'), in which distances are measured.
     aggregate: 'worst', the nearest of the top_k; 'sum' or 'mean' over them. approximate: hold the gradient's norm constant
     while differentiating, which saves differentiating twice. layer_weights: one number above 0 for each layer, which its
@@ -46,17 +48,19 @@ class LargeMarginLoss(nn.Module):
     def __init__(self, gamma=10000.0, alpha=4.0, top_k=1, norm=2, aggregate='worst', approximate=True, layer_weights=None,
                  epsilon=1e-8):
         super().__init__()
-        if float(norm) not in DUAL:
+        self.dual = DUAL.get(str(norm).removesuffix('.0'))
+        if self.dual is None:
             raise ValueError(f'norm must be 1, 2 or inf, was given {norm}')
         if aggregate not in ('worst', 'sum', 'mean'):
             raise ValueError(f"aggregate must be 'worst', 'sum' or 'mean', was given {aggregate!r}")
-        if not 0 < gamma < math.inf or not 0 <= alpha < math.inf:
-            raise ValueError(f'gamma must be a number above 0 and alpha one of at least 0, were given {gamma} and {alpha}')
+        if not (0 < gamma < math.inf and 0 < alpha < math.inf and 0 <= epsilon < math.inf):
+            raise ValueError(f'gamma and alpha must be numbers above 0 and epsilon one of at least 0, were given '
+                             f'{gamma}, {alpha} and {epsilon}')
         if not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f'top_k must be a whole number of at least 1, was given {top_k}')
         if not all(0 < weight < math.inf for weight in layer_weights or ()):
             raise ValueError(f'layer_weights must be numbers above 0, were given {layer_weights}')
-        self.gamma, self.alpha, self.top_k, self.dual = gamma, alpha, top_k, DUAL[float(norm)]
+        self.gamma, self.alpha, self.top_k = gamma, alpha, top_k
         self.aggregate, self.approximate, self.layer_weights, self.epsilon = aggregate, approximate, layer_weights, epsilon
 
     def forward(self, logits, targets, activations):
@@ -72,6 +76,7 @@ class LargeMarginLoss(nn.Module):
         distances = []
         with torch.autocast(logits.device.type, enabled=False):
             for difference, slope in self._differences(logits, targets):
+                # One call for all classes, is_grads_batched=True, took 1.2 times as long with ResNet-20 on a CPU.
                 gradients = torch.autograd.grad(logits, activations, slope.to(logits.dtype), retain_graph=True,
                                                 create_graph=not self.approximate, allow_unused=True)
                 if any(gradient is None for gradient in gradients):
@@ -155,6 +160,8 @@ def cross_entropy_weight(args):
 
 def loss_term(args):
     """`args` -> (outputs, targets, activations) -> scalar."""
+    if 'aggregate' in args.given and args.top_k == 1:
+        raise ValueError('--aggregate does nothing with --top-k 1, as there is one class to aggregate over')
     loss = LargeMarginLoss(args.large_margin_gamma, args.large_margin_alpha, args.top_k, args.norm, args.aggregate,
                            not args.exact, args.layer_weights)
 

@@ -11,7 +11,7 @@ once per optimizer step. Use in a loop of your own:
 
     head = LSoftmaxLinear(512, 10, margin=4)           # in place of nn.Linear(512, 10)
     logits = head(features, targets)                   # in evaluation head(features)
-    loss = F.cross_entropy(logits, targets)            # count accuracy on head.without_margin(logits)
+    loss = F.cross_entropy(logits, targets)            # to count accuracy: head.without_margin(logits), before another pass
     ...
     optimizer.step()
     head.after_step()                                  # beta falls; without this line it stays where it is
@@ -76,7 +76,8 @@ class LSoftmaxLinear(nn.Linear):
     def without_margin(self, logits):
         """x W^T, detached, from the logits that the last training forward returned; in evaluation the logits as they are.
 
-        What says whether a sample is right: its target may have the largest cosine and still lack the margin.
+        What says whether a sample is right: its target may have the largest cosine and still lack the margin. In a
+        closure that an optimizer runs several times, call it there, right after the forward pass.
         """
         if self._last is None:
             return logits.detach()
@@ -158,6 +159,9 @@ FIRST_VALUES = {'beta'}  # a checkpoint has the beta that was reached
 
 def head(args):
     """`args` -> (in_features, num_classes) -> module."""
+    unused = {'beta', 'beta_decay', 'beta_min'} & args.given
+    if args.margin == 1 and unused:
+        raise ValueError(f'--{unused.pop().replace("_", "-")} does nothing with --margin 1, which is plain softmax')
     return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,
                              beta_min=args.beta_min)
 

@@ -54,8 +54,10 @@ class SmoothOut(torch.optim.Optimizer):
         self.noise, self.adapt, self.exclude, self.steps = noise, adapt, set(exclude), first_step
         self.coefficient = functools.partial(smoothing_coefficient, schedule, total_steps=total_steps,
                                              anneal_index=anneal_index, tanh_scale=tanh_scale)
-        device = self.param_groups[0]['params'][0].device
-        self.generator = generator or torch.Generator(device).manual_seed(torch.initial_seed() // 2 + 1)  # not dropout's stream
+        self.noisy, self.saved = [], []  # while a step runs, the parameters under noise and what they were
+        # Drawn from, and so unlike, the seed of the generator that dropout uses; neighbouring seeds give unrelated noise.
+        seed = torch.randint(2 ** 63 - 1, (), generator=torch.Generator().manual_seed(torch.initial_seed())).item()
+        self.generator = generator or torch.Generator(self.param_groups[0]['params'][0].device).manual_seed(seed)
         self._share()
 
     def _share(self):
@@ -63,7 +65,8 @@ class SmoothOut(torch.optim.Optimizer):
 
     def __getstate__(self):
         return {**super().__getstate__(), 'base_optimizer': self.base_optimizer, 'noise': self.noise, 'adapt': self.adapt,
-                'exclude': self.exclude, 'steps': self.steps, 'coefficient': self.coefficient, 'generator': self.generator}
+                'exclude': self.exclude, 'steps': self.steps, 'coefficient': self.coefficient, 'generator': self.generator,
+                'noisy': [], 'saved': []}
 
     def state_dict(self):
         own = {'steps': self.steps, 'generator': self.generator.get_state(), 'device': self.generator.device.type}
@@ -93,13 +96,17 @@ class SmoothOut(torch.optim.Optimizer):
                 result = closure()
         finally:
             self._restore()
+            self.noisy, self.saved = [], []
         self.base_optimizer.step()
         self.steps += 1
         return result
 
     @torch.no_grad()
     def next_part(self):
-        """For a closure that calls backward several times: between two of these this exchanges the noise for new noise."""
+        """For a closure that calls backward several times: between two of these this exchanges the noise for new noise.
+
+        Outside of a step it does nothing.
+        """
         self._restore()
         self._add_noise()
 
@@ -138,8 +145,11 @@ def smoothing_coefficient(schedule, step, total_steps=None, anneal_index=0.55, t
     'constant'  1
     'anneal'    (1 + step) ^ (-anneal_index / 2), which falls from 1
     'tanh'      (tanh(tanh_scale (step / total_steps - 1/2)) + 1) / 2, which rises from about 0 to about 1
-    Raises ValueError for another schedule, and for 'tanh' without the total_steps of training.
+    Raises ValueError for another schedule, for 'tanh' without the total_steps of training, and unless anneal_index and
+    tanh_scale are numbers of at least 0.
     """
+    if not (0 <= anneal_index < math.inf and 0 <= tanh_scale < math.inf):
+        raise ValueError(f'anneal_index and tanh_scale must be numbers of at least 0, were given {anneal_index} and {tanh_scale}')
     if schedule == 'constant':
         return 1.0
     if schedule == 'anneal':

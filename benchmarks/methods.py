@@ -4,7 +4,7 @@
     python benchmarks/methods.py --rows dma lsoftmax     some of the rows
 
 A step is all that the training loop does with a batch, making the batch and counting the accuracy included. Every round
-times plain SGD and then each method; a ratio is taken within a round, and the median of the rounds is printed. Then the
+times each method right after plain SGD; the ratio is of such two, and the median of the rounds is printed. Then the
 peak memory of a training step of LSoftmaxLinear over that of nn.Linear, with 100,000 classes, each in a process of its own.
 """
 import argparse
@@ -48,7 +48,7 @@ def epoch(flags, options, split):
     return functools.partial(cifar.train, batches, model, criterion, optimizer, 0, args)
 
 
-def peak_memory(kind, classes, features, batch, answer):
+def peak_memory(kind, classes, features, batch):
     """MiB that two training steps of a classifier need at most, its weight and gradient included."""
     def used():
         if DEVICE.type == 'cuda':
@@ -68,17 +68,12 @@ def peak_memory(kind, classes, features, batch, answer):
         hidden = x.clone().requires_grad_()
         F.cross_entropy(layer(hidden, targets) if kind == 'lsoftmax' else layer(hidden), targets).backward()
         optimizer.step()
-    answer.put(used() - before)
+    return used() - before
 
 
-def in_own_process(*arguments):
-    context = multiprocessing.get_context('spawn')
-    answer = context.Queue()
-    process = context.Process(target=peak_memory, args=(*arguments, answer))
-    process.start()
-    value = answer.get(timeout=600)
-    process.join()
-    return value
+def in_own_process(function, *arguments):
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def main():
@@ -94,20 +89,20 @@ def main():
     generator = torch.Generator().manual_seed(0)
     split = data.Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8, generator=generator),
                        torch.randint(10, (50000,), generator=generator), list('0123456789'))
-    timed = {'plain': epoch('', options, split), **{name: epoch(ROWS[name], options, split) for name in options.rows}}
-    for function in timed.values():
+    plain, timed = epoch('', options, split), {name: epoch(ROWS[name], options, split) for name in options.rows}
+    for function in (plain, *timed.values()):
         function()  # warm-up: memory, autotuning
-    rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(options.rounds)]
+    rounds = [{name: (seconds(plain), seconds(function)) for name, function in timed.items()} for _ in range(options.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     print(f'{options.arch}, batch {options.batch}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}, {name}')
-    plain = statistics.median(row['plain'] for row in rounds) / options.steps
-    print(f'plain SGD: {plain * 1000:.1f} ms per step')
+    each = statistics.median(reference for row in rounds for reference, _ in row.values()) / options.steps
+    print(f'plain SGD: {each * 1000:.1f} ms per step')
     for name in options.rows:
-        ratios = sorted(row[name] / row['plain'] for row in rounds)
+        ratios = sorted(row[name][1] / row[name][0] for row in rounds)
         print(f'{ROWS[name]:90} {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f})')
     if options.classes:
-        peaks = {kind: in_own_process(kind, options.classes, 512, 256) for kind in ('lsoftmax', 'linear')}
+        peaks = {kind: in_own_process(peak_memory, kind, options.classes, 512, 256) for kind in ('lsoftmax', 'linear')}
         print(f'peak memory of a step with {options.classes} classes, 512 features, batch 256: LSoftmaxLinear {peaks["lsoftmax"]:.0f} MiB, '
               f'nn.Linear {peaks["linear"]:.0f} MiB, ratio {peaks["lsoftmax"] / peaks["linear"]:.3f}')
 

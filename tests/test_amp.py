@@ -586,7 +586,19 @@ def test_a_step_does_not_wait_for_the_device(perturbation):
     assert not same(model, before)
 
 
+def test_the_state_of_the_base_optimizer_alone_can_be_loaded():
+    p = torch.nn.Parameter(torch.ones(3))
+    plain = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones(3)
+    plain.step()
+    optimizer = AMP([p], lr=0.2, epsilon=0.5, momentum=0.9)
+    optimizer.load_state_dict(plain.state_dict())
+    optimizer.step(lambda: None)
+    assert optimizer.param_groups[0]['epsilon'] == 0.5 and optimizer.param_groups[0]['lr'] == 0.1
+    assert torch.allclose(p, torch.tensor(1 - 0.1 - 0.1 * 1.9))
+
+
 def test_the_file_works_alone(tmp_path):
     shutil.copy(ROOT / 'amp.py', tmp_path)
     result = subprocess.run([sys.executable, 'amp.py'], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and 'epsilon 0.5' in result.stdout, result.stderr
+    assert result.returncode == 0 and 'at 0.01: loss 0.005' in result.stdout, result.stderr

@@ -1,4 +1,3 @@
-import argparse
 import itertools
 import math
 import pathlib
@@ -14,6 +13,7 @@ from torch import nn
 
 import large_margin
 from large_margin import LargeMarginLoss, train_epoch
+from utils.arguments import Parser
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / 'tests/goldens/large_margin.npz')
@@ -363,9 +363,10 @@ def test_activations_that_cannot_have_a_gradient():
 
 
 @pytest.mark.parametrize('options, message', [
-    *((dict(gamma=gamma), 'gamma must be a number above 0') for gamma in (0, -1.0, math.nan, math.inf)),
-    *((dict(alpha=alpha), 'alpha one of at least 0') for alpha in (-1, math.nan, math.inf)),
-    *((dict(norm=norm), 'norm must be 1, 2 or inf') for norm in (3, '3', 0, math.nan, -math.inf)),
+    *((dict(gamma=gamma), 'gamma and alpha must be numbers above 0') for gamma in (0, -1.0, math.nan, math.inf)),
+    *((dict(alpha=alpha), 'gamma and alpha must be numbers above 0') for alpha in (0, -1, math.nan, math.inf)),
+    *((dict(epsilon=epsilon), 'epsilon one of at least 0') for epsilon in (-1e-8, math.nan)),
+    *((dict(norm=norm), 'norm must be 1, 2 or inf') for norm in (3, '3', 'two', None, 0, math.nan, -math.inf)),
     *((dict(aggregate=aggregate), 'aggregate must be') for aggregate in ('x', None)),
     *((dict(top_k=top_k), 'top_k must be a whole number of at least 1') for top_k in (0, 1.5, -1)),
     *((dict(layer_weights=weights), 'layer_weights must be numbers above 0') for weights in ([1, 0], [-1.0], [math.nan]))])
@@ -464,7 +465,7 @@ def test_a_step_along_the_gradient_makes_distances_larger():
 
 
 def arguments(line=''):
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     large_margin.add_arguments(parser)
     return parser.parse_args(line.split())
 

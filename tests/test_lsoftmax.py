@@ -1,4 +1,3 @@
-import argparse
 import copy
 import itertools
 import math
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 import lsoftmax
 from lsoftmax import LargeMarginSoftmaxLoss, LSoftmaxLinear
+from utils.arguments import Parser
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / 'tests/goldens/lsoftmax.npz')
@@ -467,7 +467,7 @@ def test_the_weight_begins_as_that_of_a_linear_layer():
 
 
 def test_arguments_make_a_head():
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     lsoftmax.add_arguments(parser)
     head = lsoftmax.head(parser.parse_args([]))(7, 3)
     assert (head.margin, head.beta.item(), head.beta_decay, head.beta_min) == (4, 100, 0.99, 0)

@@ -1,5 +1,6 @@
 import copy
 import io
+import itertools
 import math
 import pathlib
 import pickle
@@ -326,11 +327,22 @@ def test_the_global_generator_is_left_alone(noise):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_noise_is_not_what_dropout_draws():
-    p = nn.Parameter(torch.zeros(1000))
-    torch.manual_seed(3)
-    noise = noise_of(SmoothOut([p], 0.0, 1.0), [p])[0]
-    assert not (noise == torch.rand(1000) * 2 - 1).any()
+def test_every_seed_has_noise_of_its_own_which_is_not_what_dropout_draws():
+    p, noises = nn.Parameter(torch.zeros(1000)), []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        noises.append(noise_of(SmoothOut([p], 0.0, 1.0), [p])[0])
+        assert (noises[-1] == torch.rand(1000) * 2 - 1).sum() < 5
+    assert all((a == b).sum() < 5 for a, b in itertools.combinations(noises, 2))
+
+
+def test_outside_of_a_step_there_is_no_noise_and_no_copy_of_the_weights():
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = SmoothOut([p], 0.1, 1.0)
+    for _ in range(2):
+        optimizer.next_part()
+        assert torch.equal(p, torch.zeros(3)) and optimizer.saved == []
+        optimizer.step(lambda: None)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

@@ -3,8 +3,6 @@ import functools
 
 import torch
 
-from utils.eval import logits_of
-
 
 class Activations:
     """The outputs of the modules of `model` that `names` lists, in the newest pass that has gradients.
@@ -18,8 +16,10 @@ class Activations:
         for name in names:
             if name != 'input' and name not in modules:
                 outer = [name for name in modules if name.count('.') <= 1]
-                raise ValueError(f'there is no layer {name} in this network, which has input {" ".join(outer[:40])}'
-                                 + (' ...' if len(outer) > 40 else ''))
+                raise ValueError(f'there is no layer {name!r} in this network, which has input {" ".join(outer[:40])} '
+                                 'and what these consist of')
+        if len(set(names)) < len(names):
+            raise ValueError(f'a layer is named twice in {" ".join(names)}')
         self.names, self.kept = names, {}
         for name in names:
             if name == 'input':
@@ -35,7 +35,7 @@ class Activations:
 
     def _keep(self, name, module, inputs, outputs):
         if torch.is_grad_enabled():
-            output = logits_of(outputs)
+            output = outputs[0] if isinstance(outputs, tuple) else outputs
             self.kept[name] = output, output._version
 
     def read(self):

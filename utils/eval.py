@@ -11,7 +11,8 @@ def logits_of(outputs):
 def shown_logits(outputs, model):
     """What training accuracy is counted on, detached: the logits, without the margin if the head trains with one."""
     logits = logits_of(outputs).detach()
-    return model.head.without_margin(logits) if hasattr(model.head, 'without_margin') else logits
+    head = getattr(model, 'head', None)
+    return head.without_margin(logits) if hasattr(head, 'without_margin') else logits
 
 
 def cross_entropy(outputs, targets):
