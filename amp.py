@@ -6,7 +6,10 @@ Zheng, Zhang and Mao, "Regularizing Neural Networks via Adversarial Model Pertur
 
     delta = 0
     inner_iter times:  delta <- delta + inner_lr * gradient at theta + delta,  shortened to epsilon where it is longer
-    theta <- base optimizer's step at theta, with the gradient at theta + delta
+    theta <- base optimizer's step at theta, with the gradient at theta + delta                        (algorithm 1)
+
+By default each parameter tensor has a ball of its own, as in the original code; perturbation='global' is the equation as
+it stands.
 
 Use in a loop of your own:
 
@@ -165,7 +168,7 @@ def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
     unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics'} & args.given
     if args.inner_iter == 0 and unused:
-        raise ValueError(f'--{unused.pop().replace("_", "-")} does nothing with --inner-iter 0, which is plain SGD')
+        raise ValueError(f'--{sorted(unused)[0].replace("_", "-")} does nothing with --inner-iter 0, which is plain SGD')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
                              perturbation=args.perturbation, buffers=() if args.perturbed_statistics else model.buffers())
 

@@ -121,10 +121,10 @@ def parse_arguments():
 
 def main():
     args, state = parse_arguments()
-    if not args.evaluate:
-        checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
     network = {'arch': args.arch, **args.network, 'num_classes': count_classes(args, state)}
     rehearse(args, network)
+    if not args.evaluate:
+        checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
     device = set_up_device(args)
     model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
     if state:

@@ -2,11 +2,12 @@
 
 Elsayed, Krishnan, Mobahi, Regan and Bengio, "Large Margin Deep Networks for Classification", NeurIPS 2018 (arXiv 1803.05598).
 
-    d_j  = (p_y - p_j) / (|gradient of (p_y - p_j) with respect to the layer|_q + epsilon)      equation 7
+    d_j  = (p_y - p_j) / (|gradient of (p_y - p_j) with respect to the layer|_q + epsilon)
            the distance, to first order, from the sample to the boundary with class j: p softmax probabilities, y the
-           target, q the dual of the norm that distances are measured in (1 of inf, 2 of 2, inf of 1)
+           target, q the dual of the norm that distances are measured in (1 of inf, 2 of 2, inf of 1); equation 7, signed
     loss = max(0, gamma - max(d, gamma (1 - alpha))) - gamma  =  -clip(d, gamma (1 - alpha), gamma)
-           for d of the nearest of the top_k other classes, or of each; mean over the batch and over the layers
+           for d of the nearest of the top_k other classes, or of each; mean over the batch and over the layers. The clip
+           at gamma (1 - alpha), the constant -gamma and epsilon are of the authors' code.
 
 A sample that is wrong by more than gamma (alpha - 1) has gradient zero, so add some cross-entropy where many are.
 
@@ -17,6 +18,15 @@ wrong classes, the gradient at the input vanishes, d is clipped, and the loss ha
 shows where the input's gradient is set to zero in between. Where it is not it adds up, so d is shorter and clipped later,
 and the parameters are polluted as before; what helps them is a zero_grad() before the last backward, or no backward but
 the last. `python large_margin.py` trains with `train_epoch` below, which can stand in for such a loop.
+
+Use in a loop of your own:
+
+    images.requires_grad_()
+    logits = model(images)
+    loss = LargeMarginLoss(gamma=10.0)(logits, targets, [images])      # or outputs of hidden layers, too
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 """
 import math
 
@@ -27,7 +37,7 @@ DUAL = {'1': math.inf, '2': 2, 'inf': 1}
 
 
 class LargeMarginLoss(nn.Module):
-    """(logits, targets, activations) -> scalar, between -gamma and gamma (alpha - 1) for one class and layer weights None.
+    """(logits, targets, activations) -> scalar between -gamma and gamma (alpha - 1), both times top_k with aggregate='sum'.
 
     gamma: the distance beyond which a sample is left alone, in the units of the norm; above 0. alpha: samples count down
     to the distance gamma (1 - alpha), so alpha above 1 keeps wrong ones; above 0. top_k: how many other classes, the
@@ -86,7 +96,7 @@ class LargeMarginLoss(nn.Module):
             distances = torch.stack(distances)  # (top_k, layers, batch)
             if self.aggregate == 'worst':
                 distances = distances.amin(dim=0, keepdim=True)
-            # Written as in the paper, with gamma added and taken away again, d would be rounded to the precision of gamma.
+            # Written as in the authors' code, with gamma added and taken away again, d would be rounded to the precision of gamma.
             losses = -distances.clamp(self.gamma * (1 - self.alpha), self.gamma)
             losses = losses.mean(dim=0) if self.aggregate == 'mean' else losses.sum(dim=0)
             return losses.sum() / max(losses.numel(), 1)

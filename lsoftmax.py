@@ -32,7 +32,7 @@ class LSoftmaxLinear(nn.Linear):
 
     forward(x, targets=None), with x (batch, in_features) and targets (batch,), returns logits (batch, out_features),
     float32 at least, also under autocast. In evaluation they are x W^T, whether there are targets or not; training
-    without targets raises ValueError. A zero vector has cosine 0 and finite gradients.
+    without targets raises ValueError, as does an option out of range. A zero vector has cosine 0 and finite gradients.
     """
 
     def __init__(self, in_features, out_features, margin=4, beta=100.0, beta_decay=0.99, beta_min=0.0):
@@ -93,7 +93,7 @@ class LSoftmaxLinear(nn.Linear):
 
 
 def chebyshev(cosine, m):
-    """cos(m theta) as a polynomial of cos(theta), which unlike cos(m arccos) has a finite slope at 0 and pi."""
+    """cos(m theta) as a polynomial of cos(theta) (equation 7), which unlike cos(m arccos) has a finite slope at 0 and pi."""
     before, value = torch.ones_like(cosine), cosine
     for _ in range(m - 1):
         before, value = value, 2 * cosine * value - before
@@ -161,7 +161,9 @@ def head(args):
     """`args` -> (in_features, num_classes) -> module."""
     unused = {'beta', 'beta_decay', 'beta_min'} & args.given
     if args.margin == 1 and unused:
-        raise ValueError(f'--{unused.pop().replace("_", "-")} does nothing with --margin 1, which is plain softmax')
+        raise ValueError(f'--{sorted(unused)[0].replace("_", "-")} does nothing with --margin 1, which is plain softmax')
+    if 'beta' in args.given and 0 <= args.beta < args.beta_min:
+        raise ValueError(f'--beta {args.beta:g} does nothing below --beta-min {args.beta_min:g}')
     return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,
                              beta_min=args.beta_min)
 

@@ -1,7 +1,7 @@
 """SmoothOut: train under noise on the weights, so that sharp minima, which the noise throws out of, are not stayed in.
 
 Wen, Wang, Yan, Xu, Chen and Li, "SmoothOut: Smoothing Out Sharp Minima to Improve Generalization in Deep Learning"
-(arXiv 1805.07898), algorithm 1; what `adapt` and `schedule` offer besides is of the authors' code.
+(arXiv 1805.07898), algorithm 1; adapt='filter' is its AdaSmoothOut. adapt='weight' and the schedules are of the authors' code.
 
     v uniform in [-1, 1], or standard normal; new for every pass
     noise = coefficient ss v                          adapt='none'
@@ -29,8 +29,8 @@ import torch
 class SmoothOut(torch.optim.Optimizer):
     """Wraps `base_optimizer`, any torch.optim class, whose options are passed on; SGD by default.
 
-    ss: sharpness smoothing, the size of the noise, at least 0. noise: 'uniform' or 'normal'.
-    adapt: 'none', 'weight' or 'filter', as above. schedule, anneal_index, tanh_scale: see `smoothing_coefficient`;
+    ss: sharpness smoothing, the size of the noise, at least 0, in the units of the weights or, with adapt 'weight' and
+    'filter', as a share of each weight or filter's length. noise: 'uniform' or 'normal'. adapt: 'none', 'weight', 'filter'. schedule, anneal_index, tanh_scale: see `smoothing_coefficient`;
     'tanh' also needs total_steps, the length of training. first_step: how many steps of it are behind.
     exclude: parameters that get no noise, usually batch_norm_parameters(model).
     generator: a torch.Generator on the parameters' device; left out, one that torch.manual_seed determines.
@@ -73,7 +73,12 @@ class SmoothOut(torch.optim.Optimizer):
         return {**self.base_optimizer.state_dict(), 'smoothout': own}
 
     def load_state_dict(self, state_dict):
-        """On another kind of device than the state was saved on the noise is that of a new generator."""
+        """On another kind of device than the state was saved on the noise is that of a new generator.
+
+        Raises ValueError for the state of another optimizer.
+        """
+        if 'smoothout' not in state_dict:
+            raise ValueError('this is not the state of a SmoothOut optimizer')
         own = state_dict['smoothout']
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
@@ -145,9 +150,11 @@ def smoothing_coefficient(schedule, step, total_steps=None, anneal_index=0.55, t
     'constant'  1
     'anneal'    (1 + step) ^ (-anneal_index / 2), which falls from 1
     'tanh'      (tanh(tanh_scale (step / total_steps - 1/2)) + 1) / 2, which rises from about 0 to about 1
-    Raises ValueError for another schedule, for 'tanh' without the total_steps of training, and unless anneal_index and
-    tanh_scale are numbers of at least 0.
+    Raises ValueError for another schedule, for 'tanh' without the total_steps of training, and for a negative step,
+    anneal_index or tanh_scale.
     """
+    if step < 0:
+        raise ValueError(f'step must be at least 0, was given {step}')
     if not (0 <= anneal_index < math.inf and 0 <= tanh_scale < math.inf):
         raise ValueError(f'anneal_index and tanh_scale must be numbers of at least 0, were given {anneal_index} and {tanh_scale}')
     if schedule == 'constant':
@@ -156,7 +163,7 @@ def smoothing_coefficient(schedule, step, total_steps=None, anneal_index=0.55, t
         return (1 + step) ** (-anneal_index / 2)
     if schedule != 'tanh':
         raise ValueError(f"schedule must be 'constant', 'anneal' or 'tanh', was given {schedule!r}")
-    if not total_steps:
+    if not total_steps or total_steps < 0:
         raise ValueError("schedule 'tanh' needs total_steps, the number of optimizer steps in training")
     return (math.tanh(tanh_scale * (step / total_steps - 0.5)) + 1) / 2
 
@@ -165,7 +172,8 @@ def filter_normalized(noise, weight):
     """`noise` scaled so that each filter of it is as long as that filter of `weight`; both of one shape, as is the result.
 
     A filter is a slice along the first axis; of a vector, such as a bias, each element is one. Where the noise or the
-    weight is zero, so is the result. (Li et al., arXiv 1712.09913, section 4.)
+    weight is zero, so is the result. 1e-6 is added to the length of the noise, as in the original code. (Wen et al., AdaSmoothOut;
+    Li et al., arXiv 1712.09913, section 4.)
     """
     def length(tensor):
         axes = tuple(range(1, tensor.dim()))

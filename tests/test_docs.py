@@ -42,6 +42,13 @@ def test_the_readmes_own_method_trains_beside_dma(monkeypatch, tmp_path):
     assert losses[1] < losses[0] - 5  # minus five times an entropy of about log(10)
 
 
+def test_the_methods_benchmark_runs():
+    command = [sys.executable, 'benchmarks/methods.py', *'--depth 8 --batch 8 --steps 1 --rounds 1 --classes 1000'.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r'^--method .* \d\.\d+  \(rounds', result.stdout, re.MULTILINE)) == 6 and ', ratio ' in result.stdout
+
+
 def test_the_benchmark_runs():
     command = [sys.executable, 'benchmarks/train_step.py', *'--depth 8 --batch 16 --steps 2 --rounds 1 --workers 1'.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

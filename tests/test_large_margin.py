@@ -133,12 +133,6 @@ def on_golden(**options):
     return loss, *torch.autograd.grad(loss, (params, x))
 
 
-def test_golden_network():
-    logits, (_, hidden) = golden_layers(torch.tensor(GOLDEN['params']), torch.tensor(GOLDEN['x']))
-    close(logits, GOLDEN['logits'])
-    close(hidden, GOLDEN['hidden'])
-
-
 @pytest.mark.parametrize('row', range(len(GOLDEN['google/loss'])))
 def test_golden_of_google(row):
     g = {key: GOLDEN[f'google/{key}'][row] for key in (

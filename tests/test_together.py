@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import cifar
+from large_margin import LargeMarginLoss
 from models import cifar as models
 from utils import checkpoint, data, methods
 from utils.activations import Activations
@@ -252,7 +253,38 @@ def test_layers_that_cannot_be_used(names, message):
         layers.read()
 
 
+@pytest.mark.parametrize('flags, weight', [('', 0), ('--cross-entropy-weight 0.5', 0.5)])
+def test_large_margin_takes_the_place_of_the_cross_entropy(flags, weight):
+    args = arguments(f'--method large_margin --large-margin-layers head --large-margin-gamma 1 {flags}')
+    model, targets = models.build('resnet', 4, depth=8), torch.arange(3)
+    criterion = methods.build_criterion(args, model)
+    logits = model(torch.randn(3, 3, 32, 32), targets)
+    expected = LargeMarginLoss(gamma=1.0)(logits, targets, [logits]) + weight * nn.functional.cross_entropy(logits, targets)
+    torch.testing.assert_close(criterion(logits, targets), expected)
+
+
+def test_all_layers_come_from_one_backward_pass_per_class(monkeypatch):
+    calls, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, 'grad', lambda *args, **options: calls.append(len(args[1])) or grad(*args, **options))
+    run = Run(arguments('--method large_margin --large-margin-layers input layer1 layer2 --top-k 2 --train-batch 24'))
+    run.train(0)
+    assert calls == [3, 3]
+
+
 # Flags
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_every_flag_of_a_method_is_in_its_group_and_refused_without_the_method(name, monkeypatch, capsys):
+    group = next(group for group in cifar.make_parser()._action_groups if group.title == f'--method {name}')
+    actions = {action.dest: action for action in group._group_actions}
+    assert actions.keys() == methods._flags(methods.METHODS[name]) and actions
+    for action in actions.values():
+        value = '' if action.nargs == 0 else f' {action.choices[0] if action.choices else 1}'
+        monkeypatch.setattr(sys, 'argv', ['cifar.py', *f'{action.option_strings[-1]}{value}'.split()])
+        with pytest.raises(SystemExit):
+            cifar.parse_arguments()
+        assert f'is a flag of --method {name}, which is not selected' in capsys.readouterr().err
+
 
 @pytest.mark.parametrize('flags, expected', [
     ('--method lsoftmax --margin 2 --beta 50', {'margin': 2, 'beta': 50}),
@@ -260,7 +292,7 @@ def test_layers_that_cannot_be_used(names, message):
     ('--method smoothout --sharpness-smoothing 0.1 --smoothing-type anneal --noise-type normal --adapt-type weight --anneal-index 0.5',
      {'ss': 0.1, 'smoothing_type': 'anneal', 'noise_type': 'normal', 'adapt_type': 'weight', 'anneal_index': 0.5}),
     ('--method smoothout --ss 0.2 --smoothing-type tanh --tanh-scale 5', {'ss': 0.2, 'tanh_scale': 5}),
-    ('--method large_margin --coef 3', {'large_margin_coef': 3, 'gamma': 0.1}),
+    ('--method large_margin --coef 3 --gamma 0.2 --large-margin-gamma 4', {'large_margin_coef': 3, 'gamma': 0.2, 'large_margin_gamma': 4}),
     ('--method dma amp --coef 3', {'dma_coef': 3}),
     ('--method dma large_margin --dma-coef 2 --large-margin-coef 3', {'dma_coef': 2, 'large_margin_coef': 3}),
 ])
@@ -293,6 +325,7 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method large_margin --large-margin-gamma 0', 'gamma and alpha must be numbers above 0'),
     ('--method large_margin --aggregate sum', '--aggregate does nothing with --top-k 1'),
     ('--method amp --inner-iter 0 --epsilon 1', '--epsilon does nothing with --inner-iter 0'),
+    ('--method lsoftmax --beta 3 --beta-min 5', '--beta 3 does nothing below --beta-min 5'),
     ('--method lsoftmax --margin 1 --beta 5', '--beta does nothing with --margin 1'),
     ('--method smoothout --smoothing-type anneal --anneal-index nan', 'anneal_index and tanh_scale must be numbers'),
     ('--method large_margin --cross-entropy-weight -1', '--cross-entropy-weight must be'),
@@ -305,7 +338,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read_or_written(flags, sen
         call(monkeypatch, flags)
     printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
     assert sentence in printed and printed.strip().count('\n') == 0
-    assert not list(tmp_path.rglob('*.*'))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_keeps_its_beta(few_digits, monkeypatch, tmp_path, capsys):

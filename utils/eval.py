@@ -11,8 +11,8 @@ def logits_of(outputs):
 def shown_logits(outputs, model):
     """What training accuracy is counted on, detached: the logits, without the margin if the head trains with one."""
     logits = logits_of(outputs).detach()
-    head = getattr(model, 'head', None)
-    return head.without_margin(logits) if hasattr(head, 'without_margin') else logits
+    head = next((module for module in model.modules() if hasattr(module, 'without_margin')), None)
+    return head.without_margin(logits) if head else logits
 
 
 def cross_entropy(outputs, targets):

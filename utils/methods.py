@@ -6,11 +6,12 @@ A method is a module beside cifar.py. It offers `add_arguments(parser)` and thos
     optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used in place of torch.optim.SGD
 and, where it needs them:
     layers(args)                -> names of the modules whose outputs are the activations of its loss term
-    cross_entropy_weight(args)  -> the weight of the cross-entropy beside its loss term, 1 if it does not say
+    cross_entropy_weight(args)  -> the weight of the cross-entropy beside its loss term; without it 1, several are multiplied
     FIRST_VALUES                = flags that a checkpoint's state takes the place of, so that a resumed run refuses them
 A head with `after_step()` is told of every optimizer step; one that trains on other logits than it predicts with has
 `without_margin(logits)` for these. An optimizer with `next_part()` is told when a batch that is split goes on to its next part.
-A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it.
+A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it. `args.given` is the set of flags that the command
+line set; a ValueError from any of these functions ends the run with its sentence.
 """
 import argparse
 import importlib
