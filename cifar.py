@@ -264,7 +264,7 @@ def train(batches, model, criterion, optimizer, epoch, args):
     """One epoch; returns the mean loss and the accuracies seen on the way."""
     model.train()
     meter = Meter(len(batches), batches.num_classes, batches.device)
-    next_part = getattr(optimizer, 'next_part', lambda: None)
+    shown, next_part = shown_logits(model), getattr(optimizer, 'next_part', lambda: None)
     with ProgressLine(f'train {epoch + 1}/{args.epochs}', len(batches)) as bar:
         asked = time.perf_counter()
         for index, (inputs, targets) in enumerate(batches.shuffled(args.seed, epoch)):
@@ -285,7 +285,7 @@ def train(batches, model, criterion, optimizer, epoch, args):
                         outputs = model(images, labels)
                         loss = criterion(outputs, labels) * (len(labels) / len(targets))
                     loss.backward()
-                    logits.append(shown_logits(outputs, model))
+                    logits.append(shown(outputs))
                     losses.append(loss.detach())
                 if args.clip_norm:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)

@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import pathlib
 import pickle
@@ -15,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from amp import AMP
+from helpers import NothingIsRead, same, through_a_file, weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / 'tests/goldens/amp.npz')
@@ -111,15 +110,6 @@ def train(optimizer, model, batches, scheduler=None):
     return model
 
 
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(model, expected):
-    expected = expected if isinstance(expected, list) else weights(expected)
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))
-
-
 def vector(tensors):
     return np.concatenate([t.detach().double().reshape(-1).numpy() for t in tensors] or [np.zeros(0)])
 
@@ -133,13 +123,6 @@ def close(actual, expected, tolerance=1e-9):
     """Within `tolerance` of the largest element of `expected`."""
     actual = actual.detach().numpy() if torch.is_tensor(actual) else np.asarray(actual)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=0) + 1e-15)
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @settings(deadline=None, max_examples=60)
@@ -536,15 +519,6 @@ def test_hooks_run_once_per_step():
     optimizer.register_step_post_hook(lambda *arguments: after.append(weights(model)))
     train(optimizer, model, batches)
     assert len(before) == len(after) == 5 and same(model, after[-1]) and same(Net(params), before[0])
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Raises where the value of a tensor is read, for which the host would wait on a device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
-                                               torch.ops.aten.equal), function
-        return function(*args, **(kwargs or {}))
 
 
 def step_of(optimizer, model, x, targets):

@@ -1,5 +1,4 @@
 import copy
-import io
 import itertools
 import math
 import pathlib
@@ -16,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import NothingIsRead, same, through_a_file, weights
 from smoothout import SmoothOut, batch_norm_parameters, filter_normalized, smoothing_coefficient
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -68,15 +67,6 @@ def train(optimizer, model, batches, scheduler=None, seen=None):
     return model
 
 
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(model, expected):
-    expected = expected if isinstance(expected, list) else weights(expected)
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))
-
-
 def vector(tensors):
     return np.concatenate([t.detach().double().reshape(-1).numpy() for t in tensors])
 
@@ -91,13 +81,6 @@ def close(actual, expected, tolerance=1e-10):
     """Within `tolerance` of the largest element of `expected`."""
     actual = actual.detach().numpy() if torch.is_tensor(actual) else np.asarray(actual)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=0) + 1e-15)
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class Replayed(SmoothOut):
@@ -562,15 +545,6 @@ def test_hooks_run_once_per_step():
     optimizer.register_step_post_hook(lambda *arguments: after.append(weights(model)))
     train(optimizer, model, problem(5))
     assert len(before) == len(after) == 5 and same(model, after[-1]) and same(small(), before[0])
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Raises where the value of a tensor is read, for which the host would wait on a device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
-                                               torch.ops.aten.equal), function
-        return function(*args, **(kwargs or {}))
 
 
 def step_of(optimizer, model, x, targets):

@@ -8,11 +8,11 @@ def logits_of(outputs):
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def shown_logits(outputs, model):
-    """What training accuracy is counted on, detached: the logits, without the margin if the head trains with one."""
-    logits = logits_of(outputs).detach()
+def shown_logits(model):
+    """What training accuracy is counted on: outputs -> logits, detached, without the margin if the head trains with one."""
     head = next((module for module in model.modules() if hasattr(module, 'without_margin')), None)
-    return head.without_margin(logits) if head else logits
+    plain = head.without_margin if head else torch.Tensor.detach
+    return lambda outputs: plain(logits_of(outputs))
 
 
 def cross_entropy(outputs, targets):
