@@ -9,7 +9,15 @@ class ImageClassifier(nn.Module):
 
     A subclass builds its layers, calls `set_head`, and defines `features(x)`, which maps images
     (batch, 3, height, width) to features (batch, in_features).
+
+    It may also say how it wants to be trained, or leave these None:
+    regime: a dict of epoch -> settings (optimizer, lr, momentum, weight_decay) that hold from that epoch on, or a function
+    epoch -> such settings.
+    input_transform: {'train': f, 'eval': f}, f: PIL image -> float tensor (3, height, width), in place of the script's own
+    cropping, mirroring and normalising.
     """
+    regime = None
+    input_transform = None
 
     def set_head(self, in_features, num_classes, classifier):
         """`classifier` is any callable (in_features, num_classes) -> module."""

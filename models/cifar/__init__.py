@@ -9,9 +9,13 @@ import torch.nn as nn
 
 from models.cifar.alexnet import alexnet
 from models.cifar.densenet import densenet
+from models.cifar.lenet import lenet
+from models.cifar.mlp import mlp
 from models.cifar.preresnet import preactresnet18, preresnet
+from models.cifar.pyramidnet import pyramidnet
 from models.cifar.resnet import resnet, resnet18
 from models.cifar.resnext import resnext
+from models.cifar.shallow import shallow
 from models.cifar.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from models.cifar.wrn import wrn
 
@@ -21,12 +25,14 @@ MODELS = {
     'vgg16': vgg16, 'vgg16_bn': vgg16_bn, 'vgg19': vgg19, 'vgg19_bn': vgg19_bn,
     'resnet': resnet, 'resnet18': resnet18,
     'preresnet': preresnet, 'preactresnet18': preactresnet18,
-    'resnext': resnext, 'wrn': wrn, 'densenet': densenet,
+    'resnext': resnext, 'wrn': wrn, 'densenet': densenet, 'pyramidnet': pyramidnet,
+    'lenet': lenet, 'shallow': shallow, 'mlp': mlp,
 }
 
 OPTION_FLAGS = {
     'depth': '--depth', 'block_name': '--block-name', 'cardinality': '--cardinality', 'widen_factor': '--widen-factor',
     'growth_rate': '--growthRate', 'compression_rate': '--compressionRate', 'drop_rate': '--drop',
+    'alpha': '--alpha',
 }
 
 
