@@ -8,13 +8,12 @@ import math
 import os
 import random
 import shlex
-import shutil
 import time
 
 import torch
 
 from models import cifar as models
-from utils import checkpoint, data, methods, schedule
+from utils import checkpoint, conditions, data, device as devices, methods, metrics, schedule
 from utils.arguments import Parser, number
 from utils.bar import ProgressLine
 from utils.errors import Stopped, UserError, run
@@ -36,38 +35,32 @@ def make_parser():
     group = parser.add_argument_group('data')
     group.add_argument('-d', '--dataset', default='cifar10', choices=data.DATASETS, metavar='NAME', help=', '.join(data.DATASETS))
     group.add_argument('--data', default='data', metavar='DIR', help='where the data is, or is downloaded to (data)')
-    group.add_argument('-j', '--workers', type=number(int, 1), default=4, metavar='N', help='threads that read a folder (4)')
+    group.add_argument('-j', '--workers', type=number(int, 1), default=4, metavar='N',
+                       help='threads that read a folder, processes that transform single images (4)')
     group.add_argument('--image-size', type=number(int, 32), default=32, metavar='N', help='side of the images of a folder (32)')
-    group.add_argument('--val-split', type=number(float, 0, 0.9, above=True), metavar='F',
-                       help='part of the training set that chooses the best epoch; the test set is then read once')
+    conditions.add_arguments(group)
+    group = parser.add_argument_group('augmentation: by default a random crop, and mirroring unless it is digits')
+    group.add_argument('--no-augment', action='store_true', help='images as they are')
+    group.add_argument('--cutout', type=number(int, 1), metavar='N', help='also erase a square of N pixels a side')
+    group.add_argument('--autoaugment', action='store_true', help='also AutoAugment, the policy of SVHN for digits, else of CIFAR-10')
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME', help=', '.join(models.MODELS))
     group.add_argument('--depth', type=number(int, 1), metavar='N', help='layers (each architecture has a default)')
-    group.add_argument('--block-name', choices=('BasicBlock', 'Bottleneck'), help='resnet, preresnet, densenet')
+    group.add_argument('--block-name', choices=('BasicBlock', 'Bottleneck'), help='resnet, preresnet, densenet, pyramidnet')
     group.add_argument('--cardinality', type=number(int, 1), metavar='N', help='resnext: groups (8)')
     group.add_argument('--widen-factor', type=number(int, 1), metavar='N', help='resnext (4), wrn (10)')
     group.add_argument('--growthRate', type=number(int, 1), dest='growth_rate', metavar='N', help='densenet (12)')
     group.add_argument('--compressionRate', type=number(float, 1), dest='compression_rate', metavar='N', help='densenet (2)')
+    group.add_argument('--alpha', type=number(int, 1), metavar='N', help='pyramidnet: how many channels are added on the way (270)')
     group.add_argument('--drop', type=number(float, 0, 1), dest='drop_rate', metavar='P', help='dropout in wrn, densenet (0)')
     group = parser.add_argument_group('training')
-    group.add_argument('--epochs', type=number(int, 1), default=300, metavar='N', help='(300)')
-    group.add_argument('--start-epoch', type=number(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
     group.add_argument('--train-batch', type=number(int, 1), default=128, metavar='N', help='(128)')
     group.add_argument('--mini-batch', type=number(int, 1), metavar='N',
                        help='pass each batch in parts of N, each with BatchNorm statistics (and noise) of its own')
     group.add_argument('--batch-multiplier', type=number(int, 1), default=1, metavar='N',
                        help='step along the mean gradient of N batches (1)')
     group.add_argument('--test-batch', type=number(int, 1), default=500, metavar='N', help='(500)')
-    group.add_argument('--lr', type=number(float, 0), default=0.1, help='highest learning rate (0.1)')
-    group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle'), default='step', help='(step)')
-    group.add_argument('--schedule', type=number(int, 0), nargs='+', metavar='EPOCH',
-                       help='step: when to multiply lr by --gamma (after 1/2 and 3/4 of the epochs)')
-    group.add_argument('--gamma', type=number(float, 0), default=0.1, help='(0.1)')
-    group.add_argument('--warmup', type=number(float, 0), metavar='EPOCHS',
-                       help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
-    group.add_argument('--momentum', type=number(float, 0, 1), default=0.9, help='(0.9)')
-    group.add_argument('--nesterov', action='store_true')
-    group.add_argument('--weight-decay', '--wd', type=number(float, 0), default=5e-4, help='(0.0005)')
+    schedule.add_arguments(group)
     group.add_argument('--clip-norm', type=number(float, 0, above=True), metavar='NORM', help='largest norm of the gradient')
     methods.add_arguments(parser)
     group = parser.add_argument_group('run')
@@ -93,26 +86,32 @@ def parse_arguments():
         args = parser.parse_args(defaults=state['args'])
     elif args.evaluate:
         parser.error('--evaluate needs --resume FILE, the checkpoint to evaluate')
-    for flag in {'workers', 'image_size'} & args.given:
-        if args.dataset != 'folder':
-            parser.error(f'--{flag.replace("_", "-")} is for --dataset folder, not {args.dataset}')
+    if 'image_size' in args.given and args.dataset != 'folder':
+        parser.error(f'--image-size is for --dataset folder, not {args.dataset}')
     if args.dataset == 'digits' and 'data' in args.given:
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
+    conditions.check_arguments(args, parser)
+    if args.no_augment and (args.cutout or args.autoaugment):
+        parser.error(f'--no-augment and {"--cutout" if args.cutout else "--autoaugment"} exclude each other')
+    if (args.cutout or 0) > args.image_size:
+        parser.error(f'--cutout {args.cutout} is larger than the images, which have {args.image_size} pixels a side')
     methods.check_arguments(args, parser)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2 ** 32)
     # What is derived below from other flags is derived anew when the run is resumed, perhaps with other flags.
     args.inherited = {name: value for name, value in vars(args).items() if name not in NOT_INHERITED}
-    schedule.settle(args, parser)
     if args.train_batch % (args.mini_batch or 1):
         parser.error(f'--mini-batch {args.mini_batch} does not divide --train-batch, which is {args.train_batch}')
     try:
         args.network = models.resolve_options(args.arch, {name: getattr(args, name) for name in models.OPTION_FLAGS})
         with torch.device('meta'):
-            models.build(args.arch, 2, methods.build_head(args), **args.network)
+            model = models.build(args.arch, 2, methods.build_head(args), **args.network)
+        schedule.settle(args, model.regime, parser)
         methods.build_optimizer(args, torch.nn.Linear(1, 1), steps_per_epoch=1)
     except ValueError as error:
         parser.error(str(error))
+    if 'workers' in args.given and args.dataset != 'folder' and not args.autoaugment and not input_transform(args, model):
+        parser.error(f'--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
     if args.checkpoint is None:
         name = '-'.join([args.dataset, f'{args.arch}{args.network.get("depth", "")}', *args.method])
         args.checkpoint = os.path.dirname(args.resume) or '.' if args.resume else os.path.join('checkpoints', name)
@@ -121,11 +120,13 @@ def parse_arguments():
 
 def main():
     args, state = parse_arguments()
-    network = {'arch': args.arch, **args.network, 'num_classes': count_classes(args, state)}
+    known = None if args.evaluate else data.describe(args.dataset, args.data)
+    network = {'arch': args.arch, **args.network, 'num_classes': known.num_classes if known else len(state['classes'])}
     rehearse(args, network)
-    if not args.evaluate:
+    if known:
+        check_batch(args, int(known.train_size * (1 - (args.val_split or 0))))
         checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
-    device = set_up_device(args)
+    device = devices.set_up(args, compiling=args.compile and not args.evaluate)
     model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
     if state:
         checkpoint.load_model(model, state, network, args.resume)
@@ -135,12 +136,14 @@ def main():
           f'| method: {" ".join(args.method) or "none"} | {args.precision} on {device.type} | seed {args.seed}')
     if args.evaluate:
         split = load_split(args, 'test', state['classes'])
-        batches = data.Batches(split, state['mean'], state['std'], args.test_batch, device)
+        batches = data.Batches(split, state['mean'], state['std'], args.test_batch, device,
+                               transform=input_transform(args, model).get('eval'), workers=args.workers)
         print(f'{args.resume}, of epoch {state["epoch"]} | {in_words("test", test(batches, model, args))}')
         return
 
     state = state or {'epoch': args.start_epoch, 'network': network}
-    batches = load_batches(args, state, device)
+    batches = load_batches(args, state, input_transform(args, model), device)
+    check_parts(args, model, len(batches['train'].labels))
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
         checkpoint.load_optimizer(optimizer, state, args.resume)
@@ -165,34 +168,18 @@ def rehearse(args, network):
             raise UserError(str(error)) from error
 
 
-def set_up_device(args):
-    """The device, with PyTorch's switches and seeds set for it."""
-    if args.gpu_id is not None:
-        os.environ['CUDA_VISIBLE_DEVICES'] = args.gpu_id
-        if torch.cuda.device_count() != 1:
-            raise UserError(f'--gpu-id must name one CUDA device of this machine, and {args.gpu_id} names '
-                            f'{torch.cuda.device_count()}')
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.compile and not args.evaluate and not shutil.which(os.environ.get('CXX', 'g++')):
-        raise UserError('--compile needs a C++ compiler, and there is no g++ here')
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA reads it when it is first used
-        torch.use_deterministic_algorithms(True)
-    torch.manual_seed(args.seed)
-    return device
-
-
-def count_classes(args, state):
-    """The number of classes; refuses a batch that is larger than the training set. Reads no image."""
-    if args.evaluate:
-        return len(state['classes'])
-    known = data.describe(args.dataset, args.data)
-    if args.train_batch * args.batch_multiplier > known.train_size * (1 - (args.val_split or 0)):
+def check_batch(args, images):
+    """UserError if the batch is larger than the training set of `images` images."""
+    if args.train_batch * args.batch_multiplier > images:
         times = f' times --batch-multiplier {args.batch_multiplier}' if args.batch_multiplier > 1 else ''
-        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {known.train_size} images'
-                        + (f' less --val-split {args.val_split}' if args.val_split else ''))
-    return known.num_classes
+        left = [f'{flag} {getattr(args, name)}' for name, flag in conditions.SHRINKING.items() if getattr(args, name)]
+        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {images} images'
+                        + f' that {" and ".join(left)} leaves' * bool(left))
+
+
+def input_transform(args, model):
+    """The model's own transforms of images, if it has some and no flag about augmentation was given."""
+    return (not (args.no_augment or args.cutout or args.autoaugment) and model.input_transform) or {}
 
 
 def load_split(args, part, classes=None):
@@ -204,17 +191,35 @@ def load_split(args, part, classes=None):
     return split
 
 
-def load_batches(args, state, device):
+def load_batches(args, state, transforms, device):
     """{'train': ..., 'test': ...} and, with --val-split, 'val'. What normalises them goes into `state`."""
     splits = {part: load_split(args, part, state.get('classes')) for part in ('train', 'test')}
     if 'mean' not in state:
         state['mean'], state['std'] = data.mean_and_std(splits['train'].images)
         state['classes'] = splits['train'].classes
-    if args.val_split:
-        splits['train'], splits['val'] = data.split_validation(splits['train'], args.val_split, args.seed)
-    sizes = {'train': args.train_batch * args.batch_multiplier}
-    return {part: data.Batches(split, state['mean'], state['std'], sizes.get(part, args.test_batch),
-                               device, padding=4, flip=data.DATASETS[args.dataset].flip) for part, split in splits.items()}
+    splits['train'], val = conditions.apply(args, splits['train'])
+    batch, images = args.train_batch * args.batch_multiplier, len(splits['train'].labels)
+    check_batch(args, images)
+    print(f'{images} training images, by class: {" ".join(map(str, splits["train"].class_counts()))}'
+          + (f' | {len(val.labels)} for validation' if val else ''))
+
+    known = data.DATASETS[args.dataset]
+    make = functools.partial(data.Batches, mean=state['mean'], std=state['std'], device=device, workers=args.workers)
+    plain = args.no_augment or bool(transforms)
+    result = {'train': make(splits['train'], batch_size=batch, padding=0 if plain else 4, flip=known.flip and not plain, cutout=args.cutout,
+                            transform=data.auto_augment(known.policy) if args.autoaugment else transforms.get('train'))}
+    for part, split in (('test', splits['test']), ('val', val)):
+        if split:
+            result[part] = make(split, batch_size=args.test_batch, transform=transforms.get('eval'))
+    return result
+
+
+def check_parts(args, model, images):
+    """UserError if an epoch of `images` images ends with a pass of one image and the network cannot train on that."""
+    size = args.mini_batch or args.train_batch
+    if images % size == 1 % size and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
+        raise UserError(f'--arch {args.arch} has batch norm on vectors, which cannot train on a single image, and {images} images in '
+                        f'parts of {size} leave one; choose another --{"mini" if args.mini_batch else "train"}-batch')
 
 
 def fit(args, state, model, optimizer, batches):
@@ -229,8 +234,9 @@ def fit(args, state, model, optimizer, batches):
     old_rows = read_rows(resumed_log, columns, state['epoch'])
     checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite)
     logger = Logger(in_folder('log.txt'), columns, old_rows)
-    write_json(in_folder('args.json'), {name: value for name, value in vars(args).items() if name not in ('given', 'inherited')}
-               | {'network': state['network'], 'parameters': count_parameters(model)})
+    write_json(in_folder('args.json'), {name: value for name, value in vars(args).items() if name not in ('given', 'inherited', 'regime')}
+               | {'as given': args.inherited, 'network': state['network'], 'parameters': count_parameters(model),
+                  'training images by class': batches['train'].class_counts, 'environment': devices.environment(batches['train'].device)})
     state['args'] = args.inherited
     if not os.path.exists(in_folder(checkpoint.BEST)):
         state['best'] = {'top1': -1.0, 'epoch': 0}
@@ -270,7 +276,7 @@ def train(batches, model, criterion, optimizer, epoch, args):
         for index, (inputs, targets) in enumerate(batches.shuffled(args.seed, epoch)):
             data_seconds = time.perf_counter() - asked
             for group in optimizer.param_groups:
-                group['lr'] = learning_rate(epoch * len(batches) + index, len(batches), args)
+                group.update(schedule.options(epoch * len(batches) + index, len(batches), args))
 
             size = args.mini_batch or args.train_batch
             parts = list(zip(inputs.split(size), targets.split(size)))
@@ -301,10 +307,10 @@ def train(batches, model, criterion, optimizer, epoch, args):
 
 
 @torch.no_grad()
-def test(batches, model, args):
-    """Mean cross-entropy and accuracies over all batches."""
+def test(batches, model, args, meter=None):
+    """Mean cross-entropy and accuracies over all batches, counted by `meter` or a Meter."""
     model.eval()
-    meter = Meter(len(batches), batches.num_classes, batches.device)
+    meter = meter or Meter(len(batches), batches.num_classes, batches.device)
     with ProgressLine('test', len(batches)) as bar:
         for inputs, targets in batches:
             with torch.autocast(batches.device.type, torch.bfloat16, enabled=args.precision == 'bf16'):
@@ -336,9 +342,12 @@ def report(args, state, model, batches):
         chosen = checkpoint.read(in_folder(checkpoint.BEST))
         best, epoch = chosen['best'], chosen['epoch']
         model.load_state_dict(chosen['state_dict'])
-    tested = test(batches, model, args)
+    predictions = metrics.Predictions(len(batches), batches.num_classes, batches.device)
+    tested = test(batches, model, args, predictions)
+    by_class, confusion = metrics.of_classes(*predictions.gathered())
+    metrics.write_confusion(confusion, state['classes'], in_folder('confusion.csv'), in_folder('confusion.png'))
     log = read_log(in_folder('log.txt'))
-    result = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in tested.items()}, 'best': best,
+    result = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in {**tested, **by_class}.items()}, 'best': best,
               'chosen by': 'validation' if args.val_split else 'last epoch',
               'parameters': count_parameters(model),
               'seconds per epoch': sum(log['Seconds']) / max(len(log['Seconds']), 1)}
@@ -346,8 +355,9 @@ def report(args, state, model, batches):
     note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if args.val_split
             else f'best test epoch {best["epoch"]}: {best["top1"]:.2f}%')
     print(f'\nepoch {epoch} | {in_words("test", tested)} | {note}')
-    for name, files in (('log', 'log.txt'), ('curves', 'log.png log.pdf'), ('checkpoint', checkpoint.LAST),
-                        ('best', checkpoint.BEST), ('result', 'result.json')):
+    print(metrics.in_words(state['classes'], by_class))
+    for name, files in (('log', 'log.txt'), ('curves', 'log.png log.pdf'), ('checkpoint', checkpoint.LAST), ('best', checkpoint.BEST),
+                        ('confusion', 'confusion.csv confusion.png'), ('result', 'result.json')):
         print(f'{name:12}', '  '.join(in_folder(file) for file in files.split()))
 
 

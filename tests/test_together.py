@@ -212,7 +212,7 @@ def test_accuracy_in_training_is_that_of_the_plain_logits():
 HIDDEN = {'alexnet': 'layers.2', 'vgg11': 'layers.2', 'vgg13': 'layers.4', 'vgg16': 'layers.4', 'vgg19': 'layers.4',
           'vgg11_bn': 'layers.3', **{f'vgg{depth}_bn': 'layers.6' for depth in (13, 16, 19)}}
 SMALL = {'resnext': {'cardinality': 2, 'widen_factor': 1, 'depth': 11}, 'wrn': {'widen_factor': 1, 'depth': 10},
-         'densenet': {'depth': 10, 'growth_rate': 4}}
+         'densenet': {'depth': 10, 'growth_rate': 4}, 'pyramidnet': {'depth': 8, 'alpha': 12}}
 
 
 @pytest.mark.parametrize('arch', models.MODELS)

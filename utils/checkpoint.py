@@ -5,13 +5,14 @@ import shutil
 
 import torch
 
+from utils import conditions
 from utils.errors import UserError
 from utils.files import replacing
 
-LAST, BEST = 'checkpoint.pth.tar', 'model_best.pth.tar'
+LAST, BEST, RESULT = 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json'  # RESULT is there when a run is finished
 CONTENTS = {'epoch': int, 'network': dict, 'state_dict': dict, 'optimizer': dict, 'random_state': dict, 'mean': list,
             'std': list, 'classes': list, 'best': dict, 'args': dict}
-RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'args.json', 'result.json')
+RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', RESULT)
 
 
 def check_folder(folder, resume, overwrite):
@@ -42,12 +43,12 @@ def enter_folder(folder, resume, overwrite):
 
     UserError if another run has entered the folder since it was checked.
     """
-    if _is_in(folder, resume):
+    going_on = _is_in(folder, resume)
+    for name in [RESULT] if going_on else RESULTS if overwrite else []:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+    if going_on:
         return
-    if overwrite:
-        for name in RESULTS:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, name))
     try:
         open(os.path.join(folder, 'args.json'), 'x').close()
     except FileExistsError as error:
@@ -94,7 +95,7 @@ def check_flags(args, state, used_by_evaluate, parser):
         parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
     if 'start_epoch' in args.given:
         parser.error('--start-epoch and --resume exclude each other: a checkpoint knows its epoch')
-    for name, flag in (('seed', '--manualSeed'), ('val_split', '--val-split')):
+    for name, flag in {'seed': '--manualSeed', **conditions.FLAGS}.items():
         if name in args.given and getattr(args, name) != state['args'].get(name):
             parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
                          f'the checkpoint has {state["args"].get(name)}')

@@ -1,6 +1,8 @@
 """Image sets that fit in memory: read once, checked, held on the device as uint8, augmented there a batch at a time."""
 import os
+import random
 import shutil
+import signal
 import socket
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,11 @@ class Known(NamedTuple):
     flip: bool  # mirroring keeps the meaning of an image; not that of a digit
     source: str = None  # torchvision's class, for the sets that it downloads
 
+    @property
+    def policy(self):
+        """The AutoAugment policy: that learned on SVHN for digits, that learned on CIFAR-10 for all else."""
+        return 'cifar10' if self.flip else 'svhn'
+
 
 DATASETS = {
     'cifar10': Known(10, 50000, True, 'CIFAR10'),
@@ -42,6 +49,10 @@ class Split(NamedTuple):
 
     def subset(self, indices):
         return Split(self.images[indices], self.labels[indices], self.classes)
+
+    def class_counts(self):
+        """The number of images of each class, a list."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
 
 
 def describe(name, root):
@@ -223,17 +234,6 @@ def mean_and_std(images):
     return mean, std
 
 
-def split_validation(split, fraction, seed):
-    """(training part, validation part), stratified by class; UserError if a class would be missing from either."""
-    from sklearn.model_selection import train_test_split
-
-    try:
-        train, val = train_test_split(np.arange(len(split.labels)), test_size=fraction, stratify=split.labels, random_state=seed)
-    except ValueError as error:
-        raise UserError(f'--val-split {fraction} cannot be cut from {len(split.labels)} images: {_one_line(error)}') from error
-    return tuple(split.subset(torch.from_numpy(np.sort(part))) for part in (train, val))
-
-
 def seeded_generator(*numbers):
     """A CPU generator whose stream depends on all of the numbers: the run's seed, the epoch, ..."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -243,35 +243,115 @@ class Batches:
     """A split on the device, as normalised float batches in channels_last.
 
     Iterating gives it in order and as it is. `shuffled(seed, epoch)` gives it shuffled, cropped at random after padding
-    by `padding` black pixels, and mirrored at random if `flip`; a batch depends on (seed, epoch, its index) alone, and is
-    the same on every device.
+    by `padding` black pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to the mean
+    colour; a batch depends on (seed, epoch, its index) alone, and is the same on every device.
+
+    transform: a function of a PIL image, cropped and mirrored, that gives a PIL image, or a float tensor (3, height, width)
+    that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in order.
     """
 
-    def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False):
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
+    def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None, workers=1):
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.num_classes, self.class_counts = len(split.classes), split.class_counts()
+        self.images, self.labels = split.images.to('cpu' if transform else device), split.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
-        self.num_classes = len(split.classes)
-        self.batch_size, self.device, self.padding, self.flip = batch_size, device, padding, flip
+        self.padding, self.flip, self.cutout, self.transform, self.workers = padding, flip, cutout, transform, workers
 
     def __len__(self):
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self):
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
-            yield self.normalise(images), labels
+        images, number = self.images.split(self.batch_size), len(self.labels)
+        if self.transform:
+            centre, unmirrored = torch.full((number, 2), self.padding), torch.zeros(number, dtype=torch.bool)
+            images = self._moved(torch.arange(number), centre, unmirrored, seeds=(0, 0))
+        for batch, labels in zip(images, self.labels.split(self.batch_size)):
+            yield self.normalise(batch), labels
 
     def shuffled(self, seed, epoch):
         generator = seeded_generator(seed, epoch)
-        number = len(self.labels)
+        number, height, width, _ = self.images.shape
         order = torch.randperm(number, generator=generator)
         offsets = torch.randint(2 * self.padding + 1, (number, 2), generator=generator)
         mirrored = torch.rand(number, generator=generator) < (0.5 if self.flip else 0.0)
-        draws = (draw.to(self.device).split(self.batch_size) for draw in (order, offsets, mirrored))
-        for chosen, offset, mirror in zip(*draws):
-            yield self.normalise(crop_and_flip(self.images[chosen], self.padding, offset, mirror)), self.labels[chosen]
+        holes = torch.stack([torch.randint(side, (number,), generator=generator) for side in (height, width)], dim=1)
+        images = self._moved(order, offsets, mirrored, seeds=(seed, epoch))
+        labels_and_holes = (each.to(self.device).split(self.batch_size) for each in (self.labels[order.to(self.device)], holes))
+        for batch, labels, hole in zip(images, *labels_and_holes):
+            batch = self.normalise(batch)
+            yield (cut_out(batch, self.cutout, hole) if self.cutout else batch), labels
+
+    def _moved(self, order, offsets, mirrored, seeds):
+        """Batches of images in this order, cropped and mirrored as `crop_and_flip` says, and through the transform if there is one."""
+        draws = list(zip(*(draw.to(self.images.device).split(self.batch_size) for draw in (order, offsets, mirrored))))
+        if not self.transform:
+            return (crop_and_flip(self.images[chosen], self.padding, offset, mirror) for chosen, offset, mirror in draws)
+        return torch.utils.data.DataLoader(
+            TransformedBatches(self.images, self.padding, draws, self.transform, seeds), batch_size=None, num_workers=self.workers,
+            worker_init_fn=_ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
 
     def normalise(self, images):
+        """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in channels_last; what is float already stays as it is."""
+        images = images.to(self.device, non_blocking=True)
+        if images.is_floating_point():
+            return images.contiguous(memory_format=torch.channels_last)
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class TransformedBatches(torch.utils.data.Dataset):
+    """The batches of `draws`, each (indices, offsets, mirrored) as for `crop_and_flip`, then image by image through `transform`.
+
+    Whatever the transform draws from, be it torch, random or NumPy, is seeded anew for each batch.
+    """
+
+    def __init__(self, images, padding, draws, transform, seeds):
+        self.images, self.padding, self.draws, self.transform, self.seeds = images, padding, draws, transform, seeds
+
+    def __len__(self):
+        return len(self.draws)
+
+    def __getitem__(self, number):
+        chosen, offset, mirror = self.draws[number]
+        state = np.random.SeedSequence((*self.seeds, number)).generate_state(3)
+        torch.manual_seed(int(state[0]))
+        random.seed(int(state[1]))
+        np.random.seed(state[2])
+        images = crop_and_flip(self.images[chosen], self.padding, offset, mirror).numpy()
+        return torch.stack([_as_tensor(self.transform(Image.fromarray(image))) for image in images])
+
+
+def _as_tensor(image):
+    return torch.from_numpy(np.array(image)) if isinstance(image, Image.Image) else image
+
+
+def _ignore_signals(worker):
+    """Ctrl-C reaches every process of a terminal; the main one stops the workers in good order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def auto_augment(policy):
+    """AutoAugment (Cubuk et al., CVPR 2019, arXiv 1805.09501), PIL image -> PIL image. policy: 'cifar10' or 'svhn'.
+
+    What moves into the image from outside is grey, as in the paper's code.
+    """
+    from torchvision import transforms
+
+    return transforms.AutoAugment(transforms.AutoAugmentPolicy(policy), fill=[128, 128, 128])
+
+
+def cut_out(images, size, centre):
+    """Set a square to 0, which is the mean colour after normalising (DeVries and Taylor, arXiv 1708.04552), in place.
+
+    images: float (batch, channels, height, width). size: side of the square in pixels; what is outside of the image is lost.
+    centre: (batch, 2), row and column.
+    """
+    inside = []
+    for axis in (0, 1):
+        start = centre[:, axis, None] - size // 2
+        position = torch.arange(images.shape[2 + axis], device=images.device)
+        inside.append((start <= position) & (position < start + size))
+    return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
 def crop_and_flip(images, padding, offset, mirror):

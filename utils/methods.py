@@ -3,7 +3,8 @@
 A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs:
     head(args)            -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
     loss_term(args)       -> (outputs, targets, activations) -> scalar, added to the cross-entropy
-    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used in place of torch.optim.SGD
+    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used in place of torch.optim.SGD; where
+                             --optimizer names another class than SGD, the options have it as base_optimizer
 and, where it needs them:
     layers(args)                -> names of the modules whose outputs are the activations of its loss term
     cross_entropy_weight(args)  -> the weight of the cross-entropy beside its loss term; without it 1, several are multiplied
@@ -15,6 +16,7 @@ line set; a ValueError from any of these functions ends the run with its sentenc
 """
 import argparse
 import importlib
+import inspect
 import math
 
 import torch
@@ -53,7 +55,7 @@ def check_arguments(args, parser):
         if len(having) > 1:
             parser.error(f'--method {" and ".join(having)} cannot combine: each brings its own {part}, and {why}')
     for name, module in METHODS.items():
-        unused = sorted(_flags(module) & args.given)
+        unused = sorted(flags(module) & args.given)
         if unused and name not in args.method:
             parser.error(f'--{unused[0].replace("_", "-")} is a flag of --method {name}, which is not selected')
         if name in args.method and args.compile and hasattr(module, 'layers'):
@@ -78,7 +80,8 @@ def _coef_flag(name):
     return f'--{name.replace("_", "-")}-coef'
 
 
-def _flags(module):
+def flags(module):
+    """The names, in `args`, of the flags that a method's module adds."""
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return set(vars(parser.parse_args([])))
@@ -112,9 +115,18 @@ def build_criterion(args, model):
 
 
 def build_optimizer(args, model, steps_per_epoch):
-    """SGD, or what the chosen method puts in its place, for the parameters of `model`."""
-    make = (_chosen(args, 'optimizer', model, steps_per_epoch) or [torch.optim.SGD])[0]
-    optimizer = make(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
+    """The optimizer of --optimizer, alone or inside of what the chosen method wraps around it, for the parameters of `model`.
+
+    ValueError if a model's regime sets an option that the optimizer does not have.
+    """
+    base = getattr(torch.optim, args.optimizer)
+    options = {**args.regime[0], 'nesterov': True} if args.nesterov else args.regime[0]
+    for name in sorted(set().union(*args.regime) - set(inspect.signature(base).parameters)):
+        raise ValueError(f'the regime of --arch {args.arch} sets {name}, which {args.optimizer} does not have')
+    wrapping = _chosen(args, 'optimizer', model, steps_per_epoch)
+    if wrapping and base is not torch.optim.SGD:
+        options = {**options, 'base_optimizer': base}
+    optimizer = (wrapping or [base])[0](model.parameters(), **options)
     for module in model.modules():
         if hasattr(module, 'after_step'):
             optimizer.register_step_post_hook(lambda *_, module=module: module.after_step())

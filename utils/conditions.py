@@ -1,0 +1,119 @@
+"""What is done to a training set on purpose: fewer images, other shares of the classes, wrong labels.
+
+Each function is fixed by a seed of its own and leaves the global random state alone.
+"""
+import numpy as np
+import torch
+
+from utils.arguments import number
+from utils.errors import UserError
+
+# Those decide which images are trained on, so a resumed run keeps them: name of the flag's value -> flag.
+FLAGS = {'val_split': '--val-split', 'imbalance': '--imbalance', 'imbalance_factor': '--imbalance-factor',
+         'imbalance_seed': '--imbalance-seed', 'train_fraction': '--train-fraction', 'label_noise': '--label-noise'}
+SHRINKING = {name: FLAGS[name] for name in ('val_split', 'imbalance', 'train_fraction')}
+
+
+def add_arguments(group):
+    group.add_argument('--val-split', type=number(float, 0, 0.9, above=True), metavar='F',
+                       help='part of the training set that chooses the best epoch; the test set is then read once')
+    group.add_argument('--imbalance', choices=('exp', 'step'), help='long-tailed training set: fewer and fewer images from class '
+                       'to class, or few in the second half of the classes')
+    group.add_argument('--imbalance-factor', type=number(float, 0, 1, above=True), default=0.1, metavar='F',
+                       help='images of the rarest class over images of the most frequent one (0.1)')
+    group.add_argument('--imbalance-seed', type=number(int, 0, 2 ** 32 - 1), default=0, metavar='N',
+                       help='which images stay; --manualSeed does not change that (0)')
+    group.add_argument('--train-fraction', type=number(float, 0, 1, above=True), metavar='F',
+                       help='train on this part of each class, at least one image')
+    group.add_argument('--label-noise', type=number(float, 0, 1, above=True), metavar='F',
+                       help='give this part of the training images a wrong label, any other with equal chance')
+
+
+def check_arguments(args, parser):
+    if args.imbalance is None:
+        for name in sorted({'imbalance_factor', 'imbalance_seed'} & args.given):
+            parser.error(f'{FLAGS[name]} is not used without --imbalance exp or --imbalance step')
+
+
+def apply(args, split):
+    """(training split, validation split or None) of the whole training set, under the conditions of `args`.
+
+    The validation images are set aside first: they stay as balanced and as well labelled as the test set is.
+    """
+    val = None
+    if args.val_split:
+        split, val = split_validation(split, args.val_split, args.seed)
+    if args.imbalance:
+        split = imbalanced(split, args.imbalance, args.imbalance_factor, args.imbalance_seed)
+    if args.train_fraction:
+        split = fraction_of(split, args.train_fraction, args.seed)
+    if args.label_noise:
+        split = with_label_noise(split, args.label_noise, args.seed)
+    return split, val
+
+
+def split_validation(split, fraction, seed):
+    """(training part, validation part). Of each class a share of `fraction` is set aside, at least one image, and one remains.
+
+    Raises UserError if a class has a single image.
+    """
+    counts = split.class_counts()
+    if min(counts) < 2:
+        raise UserError(f'--val-split {fraction} needs two images of each class, and {split.classes[np.argmin(counts)]} has '
+                        f'{min(counts)} of {sum(counts)}')
+    sizes = [min(max(round(count * fraction), 1), count - 1) for count in counts]
+    chosen = choose(split, sizes, np.random.default_rng((seed, 0)))
+    rest = np.setdiff1d(np.arange(len(split.labels)), chosen)
+    return split.subset(torch.from_numpy(rest)), split.subset(torch.from_numpy(chosen))
+
+
+def imbalanced_sizes(kind, factor, num_classes, images):
+    """Images of each class in a long-tailed set made of `images` balanced ones (Cao et al., arXiv 1906.07413, as their code).
+
+    exp   int(n_max factor^(c / (C - 1))) of class c, where C = num_classes and n_max = images / C
+    step  int(n_max) of the first half of the classes, int(n_max factor) of the others; of an odd C the larger half are those
+    """
+    largest = images / num_classes
+    if kind == 'exp':
+        return [int(largest * factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
+    return [int(largest) if c < num_classes // 2 else int(largest * factor) for c in range(num_classes)]
+
+
+def imbalanced(split, kind, factor, seed):
+    """A long-tailed part of `split`; which images stay is that of the LDAM-DRW code with rand_number = seed.
+
+    A class with fewer images than it should have keeps all. Raises UserError if a class would have none.
+    """
+    sizes = imbalanced_sizes(kind, factor, len(split.classes), len(split.labels))
+    if min(sizes) < 1:
+        raise UserError(f'--imbalance-factor {factor} leaves class {split.classes[np.argmin(sizes)]} without an image, as the '
+                        f'{len(split.classes)} classes have {len(split.labels) / len(split.classes):g} each; give a larger one')
+    return split.subset(torch.from_numpy(choose(split, sizes, np.random.RandomState(seed))))
+
+
+def fraction_of(split, fraction, seed):
+    """A share of `fraction` of the images of each class, at least one."""
+    sizes = [max(round(count * fraction), 1) for count in split.class_counts()]
+    return split.subset(torch.from_numpy(choose(split, sizes, np.random.default_rng((seed, 1)))))
+
+
+def choose(split, sizes, generator):
+    """Indices, ascending, of sizes[c] images of each class c drawn at random, or of all where there are fewer."""
+    labels = split.labels.numpy()
+    drawn = [generator.permutation(np.flatnonzero(labels == c))[:size] for c, size in enumerate(sizes)]
+    return np.sort(np.concatenate(drawn))
+
+
+def with_label_noise(split, fraction, seed):
+    """Symmetric noise: round(fraction * N) of the N images get another label, each of the others with the same probability.
+
+    Raises UserError if there is only one class.
+    """
+    classes = len(split.classes)
+    if classes < 2:
+        raise UserError(f'--label-noise {fraction} needs another class to take a wrong label from, and there is only one class')
+    generator = np.random.default_rng((seed, 2))
+    wrong = generator.permutation(len(split.labels))[:round(fraction * len(split.labels))]
+    labels = split.labels.clone()
+    labels[wrong] = (labels[wrong] + torch.from_numpy(generator.integers(1, classes, len(wrong)))) % classes
+    return split._replace(labels=labels)

@@ -1,0 +1,51 @@
+"""The device that a script runs on."""
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from utils.errors import UserError
+
+
+def set_up(args, compiling=False):
+    """The device, with PyTorch's switches and seeds set for it as args.gpu_id, args.deterministic and args.seed say."""
+    if args.gpu_id is not None:
+        os.environ['CUDA_VISIBLE_DEVICES'] = args.gpu_id
+        if torch.cuda.device_count() != 1:
+            raise UserError(f'--gpu-id must name one CUDA device of this machine, and {args.gpu_id} names '
+                            f'{torch.cuda.device_count()}')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if compiling and not shutil.which(os.environ.get('CXX', 'g++')):
+        raise UserError('--compile needs a C++ compiler, and there is no g++ here')
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def environment(device):
+    """What a number should be reported with: {'commit': of this repository or None, 'device': its name, 'torch': version}."""
+    def git(*command):
+        try:
+            return subprocess.run(('git', *command), cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here
+            return ''
+
+    commit = git('rev-parse', '--short', 'HEAD')
+    if commit and git('status', '--porcelain', '--untracked-files=no'):
+        commit += ' with changes'
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
+    return {'commit': commit or None, 'device': name, 'torch': torch.__version__}
+
+
+def _processor():
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

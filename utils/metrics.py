@@ -1,0 +1,85 @@
+"""What one accuracy hides: accuracy of each class, balanced accuracy, the confusion matrix, calibration."""
+import csv
+
+import numpy as np
+import torch
+
+from utils.eval import Meter, logits_of
+from utils.files import replacing
+
+
+class Predictions(Meter):
+    """A Meter that also keeps the probabilities and the targets of all images, on the device until they are asked for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.probabilities, self.targets = [], []
+
+    def update(self, outputs, targets, loss):
+        super().update(outputs, targets, loss)
+        self.probabilities.append(torch.softmax(logits_of(outputs).float(), dim=1))
+        self.targets.append(targets)
+
+    def gathered(self):
+        """Probabilities (N, classes), float32, and targets (N,), NumPy arrays."""
+        return torch.cat(self.probabilities).cpu().numpy(), torch.cat(self.targets).cpu().numpy()
+
+
+def of_classes(probabilities, targets):
+    """A dict of numbers in percent, and the confusion matrix (classes, classes): rows are true, columns predicted classes.
+
+    'class accuracy': a list, the recall of each class (None where there is no image of it). 'balanced accuracy': their mean.
+    'calibration error': see `calibration_error`.
+    probabilities: (N, classes). targets: (N,), class indices.
+    """
+    from sklearn.metrics import confusion_matrix, recall_score  # a second of import time that a run pays at its end
+
+    predicted, classes = probabilities.argmax(axis=1), range(probabilities.shape[1])
+    recall = recall_score(targets, predicted, labels=classes, average=None, zero_division=np.nan)
+    values = {'balanced accuracy': 100 * np.nanmean(recall).item(), 'calibration error': 100 * calibration_error(probabilities, targets),
+              'class accuracy': [None if np.isnan(value) else 100 * value for value in recall.tolist()]}
+    return values, confusion_matrix(targets, predicted, labels=classes)
+
+
+def calibration_error(probabilities, targets, bins=15):
+    """Expected calibration error (Guo et al., ICML 2017, arXiv 1706.04599, equation 3), from 0 to 1.
+
+    Images are put into `bins` bins of equal width by their confidence, the highest probability, the upper edge included; the
+    error is the mean over images of |accuracy - mean confidence| of their bin. scikit-learn has it for two classes only.
+    """
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    correct = probabilities.argmax(axis=1) == targets
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return np.abs(np.bincount(place, correct - confidence, bins)).sum().item() / len(targets)
+
+
+def in_words(classes, values):
+    """What `of_classes` gave as lines of text; of more than 20 classes only the 20 worst."""
+    ordered = sorted((share, name) for share, name in zip(values['class accuracy'], classes) if share is not None)
+    words = [f'{name} {share:.2f}%' for share, name in ordered[:20]]
+    width = max(map(len, words)) + 2
+    lines = [''.join(word.ljust(width) for word in words[i:i + 5]).rstrip() for i in range(0, len(words), 5)]
+    return '\n'.join([f'balanced accuracy {values["balanced accuracy"]:.2f}% | calibration error {values["calibration error"]:.2f}% | '
+                      f'accuracy by class{", the 20 worst of " + str(len(classes)) if len(ordered) > 20 else ""}:', *lines])
+
+
+def write_confusion(matrix, classes, table, picture):
+    """The confusion matrix as a CSV file `table` with the classes as header and first column, and as a picture of its rows' shares."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    with replacing(table) as temporary, open(temporary, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['true \\ predicted', *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist()))
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    few = len(classes) <= 20
+    figure = Figure(figsize=(3 + 0.5 * min(len(classes), 30),) * 2, layout='constrained')
+    axes = figure.add_subplot()
+    ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=axes, include_values=few, values_format='.0f', cmap='Blues',
+                                                               xticks_rotation='vertical', colorbar=False)
+    axes.set(title='percent of each true class')
+    if not few:
+        axes.set(xticks=[], yticks=[])
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=100, format='png')
