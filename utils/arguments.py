@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, defaults=None):
         """`defaults` (name -> value), a checkpoint's, stand in for the declared ones where the parser knows the name."""
         words = self._canonical(sys.argv[1:] if args is None else args)
-        declared = vars(super().parse_args([]))
+        declared = {action.dest: action.default for action in self._actions if action.default is not argparse.SUPPRESS}
         unset = object()
         read = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
         given = {name: value for name, value in read.items() if value is not unset}
