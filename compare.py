@@ -1,0 +1,333 @@
+"""Compare runs of cifar.py: one row per setting, over all of its seeds.
+
+    python compare.py checkpoints/*
+    python compare.py checkpoints --markdown --plot curves.png      # every run below checkpoints/
+"""
+import collections
+import csv
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+from typing import NamedTuple
+
+import cifar
+from utils import methods
+from utils.arguments import Parser
+from utils.errors import UserError, run
+from utils.files import replacing
+
+# Flags that do not change what is computed; and --coef, which is short for a method's own flag that has the value.
+IGNORED = {'checkpoint', 'overwrite', 'resume', 'evaluate', 'seed', 'gpu_id', 'workers', 'test_batch', 'deterministic', 'coef'}
+# Column -> format of its number. Of those in SECOND there are two: the mean, and what is called so.
+COLUMNS = {'setting': '', 'n': 'd', 'last epoch': '.2f', 'chosen by validation': '.2f', 'best, chosen by test set': '.2f',
+           'at epoch': '.1f', 'difference': '+.2f', 'parameters (M)': '.2f', 'seconds per epoch': '.1f'}
+SECOND = {'last epoch': 'std', 'chosen by validation': 'std', 'best, chosen by test set': 'std', 'difference': 'standard error'}
+ENVIRONMENT = ('commit', 'torch', 'device')
+
+
+class Unfinished(Exception):
+    """Which epoch a run has reached."""
+
+
+class Run(NamedTuple):
+    folder: str
+    setting: dict  # a flag's name -> its value, of the flags that tell settings apart
+    seed: int
+    environment: dict  # each of ENVIRONMENT -> a word
+    curve: dict  # epoch -> top-1 on the test set, or on the validation set if `chosen`
+    chosen: bool  # by validation; otherwise the result is that of the last epoch
+    top1: float  # the result, on the test set
+    best: float  # top-1 of the curve's best epoch
+    best_epoch: int
+    parameters: int
+    seconds: float  # per epoch
+
+
+class Flags:
+    """What cifar.py knows of its flags, by their names in args.json and in the order of --help."""
+
+    def __init__(self):
+        parser = cifar.make_parser()
+        defaults = vars(parser.parse_args([]))
+        self.spelling = {action.dest: next(word for word in action.option_strings if word.startswith('--'))
+                         for action in parser._actions if action.dest in defaults}
+        self.defaults = {name: hashable(defaults[name]) for name in self.spelling}
+        self.choices = {action.dest: list(action.choices or ()) for action in parser._actions}
+        self.of_method = {name: methods.flags(module) for name, module in methods.METHODS.items()}
+        self.of_methods = set.union({'method'}, *self.of_method.values())
+
+    def setting(self, args):
+        """The flags that decide what a run computes, from its args.json."""
+        known = {name: value for name, value in args.items() if name in self.defaults}
+        values = {**self.defaults, **known, **args.get('as given', {})}
+        order = [*self.of_method, *values['method']]  # `--method amp dma` is `--method dma amp`
+        values['method'] = sorted(values['method'], key=order.index)
+        unused = IGNORED if values['dataset'] == 'folder' else IGNORED | {'data'}
+        unused = unused.union(*(flags for name, flags in self.of_method.items() if name not in values['method']))
+        return {name: hashable(value) for name, value in values.items() if name not in unused}
+
+    def names(self, settings):
+        """All flags, and behind them those in `settings` that cifar.py does not know any more."""
+        return [*self.defaults, *sorted(set().union(*settings) - set(self.defaults))]
+
+    def without_methods(self, setting):
+        return frozenset((name, value) for name, value in setting.items() if name not in self.of_methods)
+
+    def typed(self, setting, names):
+        """Some flags of a setting as a person would type them; nothing for those that are off or left open."""
+        words = []
+        for name in names:
+            value = setting.get(name)
+            if value is not None and value is not False and value != ():
+                words.append(self.spelling.get(name, f'--{name.replace("_", "-")}'))
+                values = () if value is True else value if isinstance(value, tuple) else (value,)
+                words += [str(each).removesuffix('.0') if isinstance(each, float) else str(each) for each in values]
+        return shlex.join(words)
+
+
+def hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_arguments():
+    parser = Parser(prog='compare.py', usage='python compare.py checkpoints/* [flags]',
+                    description='One row per setting, over all of its seeds, from the folders that cifar.py writes.')
+    parser.add_argument('folders', nargs='*', metavar='DIR', help='runs, or folders with runs somewhere below them')
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to stderr')
+    parser.add_argument('--plot', metavar='FILE', help='draw top-1 accuracy over epochs into a .png or .pdf')
+    args = parser.parse_args()
+    if not args.folders:
+        parser.error('name the folders of the runs to compare, such as checkpoints/*')
+    if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
+        parser.error(f'--plot must end in .png or .pdf, was given {args.plot}')
+    return args
+
+
+def main():
+    args, flags = parse_arguments(), Flags()
+    runs, others = read_runs(find_runs(args.folders), flags)
+    notes = sys.stderr if args.csv else sys.stdout
+    if not runs:
+        print(*others, sep='\n', file=notes, flush=True)
+        raise UserError(f'none of the {len(others)} runs can be compared, as none is finished')
+    settings = in_order(runs, flags)
+    shared, names = name_settings([own[0].setting for own in settings], flags)
+    plain = {flags.without_methods(own[0].setting): own for own in settings if own[0].setting['method'] == ()}
+    rows = [summarise(name, own, plain.get(flags.without_methods(own[0].setting))) for name, own in zip(names, settings)]
+    columns = [column for column in COLUMNS if any(row[column] is not None for row in rows)]
+    if args.csv:
+        write_csv(rows, columns, shared)
+    else:
+        print_table(rows, columns, shared, args.markdown)
+    used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
+    print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep='\n\n' if args.markdown else '\n', file=notes)
+    if args.plot:
+        plot(args.plot, settings, names, shared)
+
+
+def find_runs(paths):
+    """The folders of the runs at or below `paths`, each once; UserError for a path without any."""
+    found = {}
+    for path in paths:
+        if not os.path.isdir(path):
+            raise UserError(f'there is no folder {path}')
+        below = []
+        for folder, subfolders, files in os.walk(os.path.normpath(path)):
+            is_run = 'args.json' in files or 'log.txt' in files
+            below += [folder] if is_run else []
+            subfolders[:] = [] if is_run else sorted(name for name in subfolders if not name.startswith('.'))
+        if not below:
+            raise UserError(f'{path} holds no run, which would be a folder with args.json and log.txt')
+        for folder in below:
+            found.setdefault(os.path.realpath(folder), folder)
+    return list(found.values())
+
+
+def read_runs(folders, flags):
+    """(finished runs, a line about each other one)."""
+    runs, others = {}, []
+    for folder in folders:
+        try:
+            one = read_run(folder, flags)
+            first = runs.setdefault((frozenset(one.setting.items()), one.seed), one)
+            if first is not one:
+                others.append(f'left out: {folder} (same setting and seed as {first.folder})')
+        except Unfinished as error:
+            others.append(f'unfinished: {folder} ({error})')
+        except (OSError, ValueError) as error:
+            others.append(f'broken: {folder} ({error})')
+        except (KeyError, TypeError, AttributeError) as error:  # a list where a number should be, and the like
+            others.append(f'broken: {folder} (args.json or result.json is not as cifar.py writes it: {error})')
+    return list(runs.values()), others
+
+
+def read_run(folder, flags):
+    """Raises Unfinished if the run is, another error if one of its files is not as cifar.py writes it."""
+    args, curve = read_json(folder, 'args.json'), read_curve(folder)
+    setting = flags.setting(args)
+    progress = f'epoch {max(curve, default=0)} of {args["epochs"]}'
+    if max(curve, default=0) < args['epochs']:
+        raise Unfinished(progress)
+    if not os.path.exists(os.path.join(folder, 'result.json')):
+        raise Unfinished(f'{progress}, but no result.json')
+    result = read_json(folder, 'result.json')
+    top1, best = float(result['test top-1']), float(result['best']['top1'])
+    if not math.isfinite(top1 + best):
+        raise ValueError(f'top-1 in result.json is {top1}, the best {best}')
+    environment = args.get('environment') or {}  # which runs of before it was written do not have
+    return Run(folder, setting, args['seed'], {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
+               result['chosen by'] == 'validation', top1, best, int(result['best']['epoch']), int(result['parameters']),
+               float(result['seconds per epoch']))
+
+
+def read_json(folder, name):
+    try:
+        with open(os.path.join(folder, name)) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f'{name} is not JSON') from error
+
+
+def read_curve(folder):
+    """Epoch -> top-1 on the test or validation set, from log.txt. A last row that was not written to its end is left out."""
+    with open(os.path.join(folder, 'log.txt'), errors='replace') as file:
+        rows = [line.rstrip('\n').split('\t') for line in file if line.endswith('\n')]
+    names = rows.pop(0) if rows else []
+    if rows and len(rows[-1]) < len(names):
+        rows.pop()
+    try:
+        epoch, top1 = names.index('Epoch'), names.index('Val Top-1' if 'Val Top-1' in names else 'Test Top-1')
+        curve = {int(row[epoch]): float(row[top1]) for row in rows}
+    except (ValueError, IndexError) as error:
+        raise ValueError('log.txt is not a log of cifar.py') from error
+    if len(curve) < len(rows) or list(curve) != sorted(curve):
+        raise ValueError('the epochs in log.txt do not count up')
+    for number, value in curve.items():
+        if not math.isfinite(value):
+            raise ValueError(f'top-1 of epoch {number} in log.txt is {value}')
+    return curve
+
+
+def in_order(runs, flags):
+    """A list of runs for each setting. Settings that share all but the method stand together, the one without a method first."""
+    settings = collections.defaultdict(list)
+    for one in runs:
+        settings[frozenset(one.setting.items())].append(one)
+    names = sorted(flags.names([one.setting for one in runs]), key=lambda name: name in flags.of_methods)
+
+    def comparable(name, value):
+        """A flag left open comes first, then its choices in the order of --help, numbers by size, words by the alphabet."""
+        choices = flags.choices.get(name, [])
+        return [(0,) if each is None else (1, choices.index(each)) if each in choices else (2 + isinstance(each, str), each)
+                for each in (value if isinstance(value, tuple) else [value])]
+
+    return sorted(settings.values(), key=lambda own: [comparable(name, own[0].setting.get(name)) for name in names])
+
+
+def name_settings(settings, flags):
+    """(the flags that all settings share, [those that tell each from the others])."""
+    names = flags.names(settings)
+    # Where a method is not selected its flags count as their defaults, so that they show only in the rows that have others.
+    differing = [name for name in names if len({setting.get(name, flags.defaults.get(name)) for setting in settings}) > 1]
+    alike = {name: value for setting in settings for name, value in setting.items() if name not in differing}
+    shared = [name for name in names if name in ('dataset', 'arch') or alike.get(name) != flags.defaults.get(name)]
+    differing.sort(key=lambda name: name not in flags.of_methods)
+    return flags.typed(alike, shared), [flags.typed(setting, differing) or '(none)' for setting in settings]
+
+
+def summarise(name, runs, baseline):
+    """A row: column -> number, or for those in SECOND (mean, deviation or None); None where there is nothing to tell.
+
+    baseline: the runs with the same flags but without a method, which may be `runs` themselves, or None.
+    """
+    chosen = runs[0].chosen  # as --val-split, which decides it, is a part of the setting
+    result = spread([one.top1 for one in runs])
+    return {'setting': name, 'n': len(runs),
+            'last epoch': None if chosen else result,
+            'chosen by validation': result if chosen else None,
+            'best, chosen by test set': None if chosen else spread([one.best for one in runs]),
+            'at epoch': None if chosen else statistics.fmean(one.best_epoch for one in runs),
+            'difference': None if baseline in (None, runs) else difference(runs, baseline),
+            'parameters (M)': statistics.fmean(one.parameters for one in runs) / 1e6,
+            'seconds per epoch': statistics.fmean(one.seconds for one in runs)}
+
+
+def spread(values):
+    """(mean, standard deviation or None of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def difference(runs, baseline):
+    """(difference of the means, its standard error or None if either has a single seed)."""
+    (mean, deviation), (base_mean, base_deviation) = (spread([one.top1 for one in side]) for side in (runs, baseline))
+    error = None
+    if deviation is not None and base_deviation is not None:
+        error = math.sqrt(deviation ** 2 / len(runs) + base_deviation ** 2 / len(baseline))
+    return mean - base_mean, error
+
+
+def print_table(rows, columns, shared, markdown):
+    cells = [[as_text(row[column], column) for column in columns] for row in rows]
+    if markdown:
+        named = (['`' + row[0].replace('|', '\\|') + '`', *row[1:]] for row in cells)
+        lines = [f'| {" | ".join(line)} |' for line in (columns, ['---'] * len(columns), *named)]
+        shared = f'`{shared}`'
+    else:
+        widths = [max(map(len, column)) for column in zip(columns, *cells)]
+        lines = ['   '.join(map(str.ljust, line, widths)).rstrip() for line in (columns, *cells)]
+    print(f'all: {shared}\n', *lines, sep='\n')
+    note = '; difference to the same flags without a method +- its standard error' if 'difference' in columns else ''
+    print(f'\nTop-1 test accuracy in percent: mean +- standard deviation over n seeds{note}.', end='\n\n' if markdown else '\n')
+
+
+def as_text(value, column):
+    if value is None:
+        return ''
+    first, second = value if column in SECOND else (value, None)
+    return f'{first:{COLUMNS[column]}}' + ('' if second is None else f' +- {second:.2f}')
+
+
+def write_csv(rows, columns, shared):
+    """With every digit; the flags that all settings share are a column of their own."""
+    table = {'all': [shared] * len(rows)}
+    for column in columns:
+        if column in SECOND:
+            firsts, seconds = zip(*(row[column] or (None, None) for row in rows))
+            table |= {f'{column} mean': firsts, f'{column} {SECOND[column]}': seconds}
+        else:
+            table[column] = [row[column] for row in rows]
+    table = {name: values for name, values in table.items() if any(value is not None for value in values)}
+    csv.writer(sys.stdout, lineterminator='\n').writerows([table, *zip(*table.values())])
+
+
+def plot(path, settings, names, shared):
+    """Draw the mean over seeds of top-1 against the epochs that all of them have, with a band of one standard deviation."""
+    from matplotlib.figure import Figure  # a second of import time that a table should not pay
+
+    figure = Figure(figsize=(9, 6), layout='constrained')
+    axes = figure.subplots()
+    for index, (name, runs) in enumerate(zip(names, settings)):
+        epochs = sorted(set.intersection(*(set(one.curve) for one in runs)))
+        means, deviations = zip(*(spread([one.curve[epoch] for one in runs]) for epoch in epochs))
+        line, = axes.plot(epochs, means, label=f'{name}, n = {len(runs)}', marker='.' if len(epochs) < 30 else None,
+                          linestyle=('-', '--', ':', '-.')[index // 10 % 4])  # there are ten colours
+        if len(runs) > 1:
+            low, high = ([mean + sign * d for mean, d in zip(means, deviations)] for sign in (-1, 1))
+            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    parts = sorted({'validation' if own[0].chosen else 'test' for own in settings})
+    axes.set(xlabel='epoch', ylabel=f'{" or ".join(parts)} top-1 accuracy (%)')
+    axes.set_title(shared, fontsize='small', wrap=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', fontsize='small')
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+if __name__ == '__main__':
+    run(main)

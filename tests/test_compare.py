@@ -1,0 +1,396 @@
+import csv
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import cifar
+import compare
+from utils.errors import UserError
+
+ENVIRONMENT = {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}
+
+
+def write_run(folder, flags='', seed=1, curve=(40.0, 60.0, 50.0), top1=None, missing=(), args=None, result=None, files=None):
+    """A run as cifar.py leaves it. missing: flags that this version did not have yet; the dicts replace what is written."""
+    read = vars(cifar.make_parser().parse_args(shlex.split(flags)))
+    given = {name: value for name, value in read.items() if name not in ('given', 'coef', *missing)} | {'seed': seed}
+    part = 'Val' if given.get('val_split') else 'Test'
+    settled = given | {'epochs': len(curve), 'lr': 0.1, 'schedule': [1], 'checkpoint': str(folder), 'coef': read['coef']}
+    best = max(range(len(curve)), key=curve.__getitem__)
+    contents = {
+        'args.json': settled | {'as given': given, 'environment': ENVIRONMENT, 'network': {}} | (args or {}),
+        'result.json': {'epoch': len(curve), 'test loss': 1.0, 'test top-1': curve[-1] if top1 is None else top1,
+                        'best': {'top1': curve[best], 'epoch': best + 1}, 'parameters': 270000, 'seconds per epoch': 2.5,
+                        'chosen by': 'validation' if part == 'Val' else 'last epoch'} | (result or {}),
+        'log.txt': f'Epoch\tLearning Rate\tTrain Loss\tTrain Top-1\t{part} Loss\t{part} Top-1\tSeconds\n'
+                   + ''.join(f'{epoch}\t0.1\t1.5\t30\t1.4\t{value:.6g}\t2.5\n' for epoch, value in enumerate(curve, 1))}
+    folder.mkdir(parents=True)
+    for name, content in {**contents, **(files or {})}.items():
+        if content is not None:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *map(str, words)])
+    compare.main()
+
+
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """A function: arguments -> (setting -> its row of the CSV, a dict with numbers as floats; what went to stderr)."""
+    def read(*words):
+        call(monkeypatch, *words, '--csv')
+        printed = capsys.readouterr()
+        rows = list(csv.DictReader(io.StringIO(printed.out)))
+        assert len({row['setting'] for row in rows}) == len(rows) > 0
+        return {row['setting']: {name: float(value) if value and name not in ('all', 'setting') else value
+                                 for name, value in row.items()} for row in rows}, printed.err
+    return read
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def deviation(values):
+    return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
+
+
+# The numbers
+
+PLAIN, DMA, AMP = [90.1, 91.3, 90.4], [91.0, 92.5], [88.0]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for method, values in (('', PLAIN), ('--method dma --dma-coef 0.3', DMA), ('--method amp', AMP)):
+        for seed, value in enumerate(values):
+            write_run(tmp_path / f'{method[9:12]}{seed}', f'--epochs 3 {method}', seed=seed,
+                      curve=(50.0 + seed, 93.0 + seed ** 2, value), result={'seconds per epoch': 1.0 + seed})
+    return tmp_path
+
+
+def test_means_deviations_differences_and_standard_errors(runs, table):
+    rows, notes = table(runs)
+    assert list(rows) == ['(none)', '--method dma --dma-coef 0.3', '--method amp']
+    for row, values in zip(rows.values(), (PLAIN, DMA, AMP)):
+        seeds = range(len(values))
+        assert row['n'] == len(values) and row['all'] == '--dataset cifar10 --arch resnet --epochs 3'
+        assert row['last epoch mean'] == pytest.approx(mean(values), rel=1e-12)
+        assert row['best, chosen by test set mean'] == pytest.approx(mean([93.0 + seed ** 2 for seed in seeds]))
+        assert row['at epoch'] == 2 and row['parameters (M)'] == 0.27
+        assert row['seconds per epoch'] == pytest.approx(mean([1.0 + seed for seed in seeds]))
+        if len(values) > 1:
+            assert row['last epoch std'] == pytest.approx(deviation(values), rel=1e-12)
+            assert row['best, chosen by test set std'] == pytest.approx(deviation([93.0 + seed ** 2 for seed in seeds]))
+    plain, dma, amp = rows.values()
+    assert plain['difference mean'] == plain['difference standard error'] == ''
+    assert dma['difference mean'] == pytest.approx(mean(DMA) - mean(PLAIN))
+    assert dma['difference standard error'] == pytest.approx(math.sqrt(deviation(PLAIN) ** 2 / 3 + deviation(DMA) ** 2 / 2))
+    assert amp['difference mean'] == pytest.approx(88.0 - mean(PLAIN))
+    assert amp['difference standard error'] == amp['last epoch std'] == ''
+    assert notes == 'Commit abc1234; PyTorch 2.15.0; device cpu.\n'
+
+
+def test_the_text_is_aligned_rounded_and_explained(runs, monkeypatch, capsys):
+    call(monkeypatch, runs)
+    shared, _, header, *rows, _, note, environment = capsys.readouterr().out.splitlines()
+    assert shared == 'all: --dataset cifar10 --arch resnet --epochs 3'
+    assert environment == 'Commit abc1234; PyTorch 2.15.0; device cpu.'
+    starts = [header.index(name) for name in ('n  ', 'last', 'best, chosen by test set', 'at epoch', 'difference', 'parameters')]
+    cells = [[row[start:end].strip() for start, end in zip([0, *starts], [*starts, None])] for row in rows]
+    assert all(row[start - 1] == ' ' for row in rows for start in starts)
+    assert [row[:3] for row in cells] == [['(none)', '3', '90.60 +- 0.62'], ['--method dma --dma-coef 0.3', '2', '91.75 +- 1.06'],
+                                          ['--method amp', '1', '88.00']]
+    assert [row[5] for row in cells] == ['', '+1.15 +- 0.83', '-2.60'] and cells[0][4] == '2.0'
+    assert '+- standard deviation over n seeds' in note and 'standard error' in note and 'validation' not in header
+
+
+def test_markdown_is_a_table_with_the_same_cells(runs, monkeypatch, capsys):
+    write_run(runs / 'odd', '--method dma --epochs 3 --dataset folder --data "a|b"', curve=(1.0,))
+    write_run(runs / 'stopped', '--epochs 3', files={'result.json': None})
+    call(monkeypatch, '--markdown', runs)
+    before, block, *after = capsys.readouterr().out.strip().split('\n\n')
+    lines = block.splitlines()
+    assert before == 'all: `--arch resnet --epochs 3`' and len(lines) == 6 and set(lines[1]) == set('|- ')
+    assert len({len(re.findall(r'(?<!\\)\|', line)) for line in lines}) == 1
+    assert lines[3].startswith('| `--method dma --dma-coef 0.3 --dataset cifar10` | 2 | 91.75 +- 1.06 | ')
+    assert '| +1.15 +- 0.83 |' in lines[3]
+    assert r'a\|b' in lines[5]
+    assert len(after) == 3 and after[-1].startswith('unfinished: ')  # paragraphs of their own
+
+
+def test_epochs_chosen_by_validation_have_a_column_of_their_own(tmp_path, table):
+    for seed, value in enumerate((80.0, 82.0)):
+        for method, top1 in (('', value), ('--method dma', value + 3 * seed)):
+            write_run(tmp_path / f'val{method}{seed}', f'--val-split 0.1 {method}', seed=seed, curve=(50.0, 99.0, 60.0),
+                      top1=top1, result={'epoch': 2})
+    rows, _ = table(tmp_path)
+    assert not {'last epoch mean', 'best, chosen by test set mean', 'at epoch'} & rows['(none)'].keys()
+    write_run(tmp_path / 'plain', curve=(10.0, 20.0))
+    rows, _ = table(tmp_path)
+    plain, val, dma = rows['(none)'], rows['--val-split 0.1'], rows['--method dma --val-split 0.1']
+    assert (val['chosen by validation mean'], val['chosen by validation std']) == (81, pytest.approx(math.sqrt(2)))
+    assert val['last epoch mean'] == val['best, chosen by test set mean'] == val['at epoch'] == ''
+    assert plain['chosen by validation mean'] == ''
+    assert (plain['last epoch mean'], plain['best, chosen by test set mean'], plain['at epoch']) == (20, 20, 2)
+    assert dma['difference mean'] == pytest.approx(1.5)  # to the baseline that was chosen the same way
+
+
+def test_a_column_that_is_empty_in_every_row_is_left_out(tmp_path, table):
+    write_run(tmp_path / 'one', '--method dma')
+    rows, _ = table(tmp_path)
+    assert list(rows['(none)']) == ['all', 'setting', 'n', 'last epoch mean', 'best, chosen by test set mean', 'at epoch',
+                                    'parameters (M)', 'seconds per epoch']
+
+
+# Settings
+
+@pytest.mark.parametrize('one, other', [
+    ('--workers 2 --test-batch 7 --deterministic --gpu-id 3 -c x --overwrite', ''),
+    ('--data here', '--data there'),
+    ('--method amp dma', '--method dma amp'),
+    ('--method dma --coef 0.2 --dma-coef 0.5', '--method dma'),
+    ('--warmup 1', '--warmup 1.0'),
+    ('--lr 0.1', '--lr 1e-1'),
+])
+def test_flags_that_compute_the_same_are_one_setting(one, other, tmp_path, table):
+    write_run(tmp_path / 'one', one, seed=1)
+    write_run(tmp_path / 'other', other, seed=2)
+    rows, _ = table(tmp_path)
+    assert [row['n'] for row in rows.values()] == [2]
+
+
+@pytest.mark.parametrize('one, other, names', [
+    ('', '--nesterov', ['(none)', '--nesterov']),
+    ('--train-batch 2048', '', ['--train-batch 128', '--train-batch 2048']),
+    ('--wd 1e-5', '--weight-decay 1', ['--weight-decay 1e-05', '--weight-decay 1']),
+    ('--manualSeed 3 --depth 20', '', ['(none)', '--depth 20']),
+    ('--schedule 1 2', '--schedule 1', ['--schedule 1', '--schedule 1 2']),
+    ('--precision bf16', '--compile', ['--precision fp32 --compile', '--precision bf16']),
+    ('--method amp', '--method amp --epsilon 0.1', ['--epsilon 0.1', '--epsilon 0.5']),
+    ('--method amp --epsilon 0.1', '', ['(none)', '--method amp --epsilon 0.1']),
+    ('-d folder --data "my data"', '-d folder --data b', ['--data b', "--data 'my data'"]),
+    ('--start-epoch 2', '', ['--start-epoch 0', '--start-epoch 2']),
+    ('--drop 0.30000000000000004', '--drop 0.3', ['--drop 0.3', '--drop 0.30000000000000004']),
+    ('--growthRate 4', '--compressionRate 2', ['--compressionRate 2', '--growthRate 4']),
+])
+def test_the_name_is_what_differs_as_a_person_would_type_it(one, other, names, tmp_path, table):
+    write_run(tmp_path / 'one', one)
+    write_run(tmp_path / 'other', other)
+    for order in (('one', 'other'), ('other', 'one')):
+        rows, _ = table(*(tmp_path / name for name in order))
+        assert list(rows) == names and [row['n'] for row in rows.values()] == [1, 1]
+        for name in names:  # it is understood by cifar.py
+            cifar.make_parser().parse_args([] if name == '(none)' else shlex.split(name))
+
+
+def test_order_and_shared_flags(tmp_path, table):
+    flags = ['--train-batch 1024 --method dma', '--train-batch 64 --method amp --epsilon 0.1',
+             '--train-batch 64 --method dma amp', '--train-batch 1024', '--train-batch 64 --method amp', '--train-batch 64',
+             '--train-batch 512 --method dma']
+    for index, words in enumerate(flags):
+        write_run(tmp_path / str(index), f'-d digits --epochs 5 --nesterov {words}', curve=(50.0 + index,))
+    rows, _ = table(*(tmp_path / str(index) for index in range(len(flags))))
+    assert list(rows) == [
+        '--train-batch 64', '--method dma amp --epsilon 0.5 --train-batch 64', '--method amp --epsilon 0.1 --train-batch 64',
+        '--method amp --epsilon 0.5 --train-batch 64', '--method dma --train-batch 512', '--train-batch 1024',
+        '--method dma --train-batch 1024']
+    assert {row['all'] for row in rows.values()} == {'--dataset digits --arch resnet --epochs 5 --nesterov'}
+    assert rows['--method amp --epsilon 0.1 --train-batch 64']['difference mean'] == 1 - 5
+    assert rows['--method dma --train-batch 1024']['difference mean'] == 0 - 3
+    assert rows['--method dma --train-batch 512']['difference mean'] == ''  # no baseline of that batch
+    reversed_rows, _ = table(*(tmp_path / str(index) for index in reversed(range(len(flags)))))
+    assert reversed_rows == rows and list(reversed_rows) == list(rows)
+
+
+def test_other_flags_group_the_rows_wherever_help_lists_them(tmp_path, table):
+    for index, words in enumerate(['--method dma --precision bf16', '--precision bf16', '--method dma', '']):
+        write_run(tmp_path / str(index), words)
+    rows, _ = table(tmp_path)
+    assert list(rows) == ['--precision fp32', '--method dma --precision fp32',
+                          '--precision bf16', '--method dma --precision bf16']
+
+
+def test_older_runs_lack_flags_and_still_count(tmp_path, table):
+    write_run(tmp_path / 'new', '--method dma', seed=1)
+    write_run(tmp_path / 'older', '--method dma', seed=2, missing=('nesterov', 'epsilon', 'clip_norm'))
+    oldest = vars(cifar.make_parser().parse_args(['--method', 'dma']))
+    oldest = {name: value for name, value in oldest.items() if name not in ('given', 'margin', 'compile')}
+    write_run(tmp_path / 'oldest', files={'args.json': oldest | {'seed': 3, 'epochs': 3}})
+    rows, notes = table(tmp_path / 'new', tmp_path / 'older')
+    assert [row['n'] for row in rows.values()] == [2]
+    # Without 'as given' the values that were settled are all there is; here epochs, 3 rather than 300.
+    rows, notes = table(tmp_path)
+    assert list(rows) == ['--epochs 3', '--epochs 300']
+    assert notes == 'Commit abc1234, unknown; PyTorch 2.15.0, unknown; device cpu, unknown.\n'
+
+
+def test_a_flag_or_method_that_is_gone_keeps_settings_apart(tmp_path, table):
+    for seed, (method, value) in enumerate([(['gone'], 1.0), (['gone'], 2.0), ([], None), (['dma', 'gone'], 1.0)]):
+        write_run(tmp_path / str(seed), curve=(50.0 + seed,))
+        args = json.loads((tmp_path / str(seed) / 'args.json').read_text())
+        args['as given'] |= {'method': method, 'gone_rate': value}
+        (tmp_path / str(seed) / 'args.json').write_text(json.dumps(args))
+    rows, _ = table(tmp_path)
+    assert set(rows) == {'(none)', '--method gone --gone-rate 1', '--method gone --gone-rate 2',
+                         '--method dma gone --gone-rate 1'}
+
+
+# Runs that are not in the table
+
+def test_what_is_unfinished_or_broken_is_listed_and_changes_no_number(runs, table, monkeypatch, capsys):
+    before, _ = table(runs)
+    curve = tuple(range(10, 20))
+    log = 'Epoch\tTest Top-1\n1\t50\n2\t60\n3\t55'
+    files = {
+        'running': {'result.json': None, 'log.txt': log + '\n'},
+        'running-half': {'result.json': None, 'log.txt': log},
+        'running-short': {'result.json': None, 'log.txt': log + '\n4\n'},
+        'running-header': {'result.json': None, 'log.txt': 'Epoch\tTest Top-1\n'},
+        'resumed': {'log.txt': log + '\n'},
+        'no-result': {'result.json': None},
+        'no-args': {'args.json': None},
+        'no-log': {'log.txt': None},
+        'half-args': {'args.json': '{"epochs": 3,'},
+        'list-args': {'args.json': '[]'},
+        'empty-log': {'log.txt': ''},
+        'other-log': {'log.txt': 'a\tb\n1\t2\n'},
+        'words-log': {'log.txt': log + '\n4\tx\n'},
+        'twice-log': {'log.txt': log + '\n2\t50\n'},
+        'back-log': {'log.txt': 'Epoch\tTest Top-1\n10\t50\n9\t60\n'},
+        'nan-log': {'log.txt': log + '\n4\tnan\n'},
+        'half-result': {'result.json': '{'},
+        'empty-result': {'result.json': {}},
+    }
+    for name, content in files.items():
+        write_run(runs / name, '--epochs 10', seed=9, curve=curve, files=content)
+    for name, change in {'nan': {'test top-1': math.nan}, 'nan-best': {'best': {'top1': math.nan, 'epoch': 1}},
+                         'null': {'test top-1': None}, 'list-best': {'best': []}, 'word': {'seconds per epoch': 'long'}}.items():
+        write_run(runs / name, '--epochs 10', seed=9, curve=curve, result=change)
+    for name, change in {'odd-given': {'as given': 3}, 'odd-flag': {'as given': {'lr': {}}}, 'odd-epochs': {'epochs': '10'},
+                         'odd-environment': {'environment': 'here'}}.items():
+        write_run(runs / name, '--epochs 10', seed=9, curve=curve, args=change)
+    (runs / 'binary').mkdir()
+    (runs / 'binary' / 'log.txt').write_bytes(b'\xff\xfe\x00\n')
+    (runs / 'binary' / 'args.json').write_bytes(b'\xff\xfe')
+    after, notes = table(runs)
+    assert after == before
+    _, *lines = notes.splitlines()
+    said = {re.match(rf'(\w+): {re.escape(str(runs))}/(\S+) \(', line).groups()[::-1]: line for line in lines}
+    assert len(said) == len(lines) == 28
+    expected = {'running': 'epoch 3 of 10', 'running-half': 'epoch 2 of 10', 'running-short': 'epoch 3 of 10',
+                'running-header': 'epoch 0 of 10', 'resumed': 'epoch 3 of 10', 'no-result': 'epoch 10 of 10, but no result.json'}
+    for name, words in expected.items():
+        assert said.pop((name, 'unfinished')).endswith(f'{name} ({words})')
+    expected = {'half-args': 'args.json is not JSON', 'half-result': 'result.json is not JSON', 'no-args': 'args.json',
+                'no-log': 'log.txt', 'other-log': 'not a log', 'nan-log': 'top-1 of epoch 4 in log.txt is nan',
+                'twice-log': 'count up', 'back-log': 'count up', 'nan': 'top-1 in result.json is nan',
+                'empty-result': 'test top-1'}
+    for name, words in expected.items():
+        assert words in said[name, 'broken'].partition('(')[2]
+    assert {kind for _, kind in said} == {'broken'}
+    call(monkeypatch, runs)
+    assert capsys.readouterr().out.splitlines()[-28:] == lines  # below the table
+
+
+def test_the_same_seed_again_is_left_out_and_the_same_folder_silently(runs, table):
+    before, _ = table(runs)
+    write_run(runs / 'copy', '--epochs 3 --workers 9', seed=1, curve=(1.0, 2.0, 3.0))
+    (runs / 'link').symlink_to(runs / '0')
+    rows, notes = table(runs / '0', runs / '1', runs / '2', runs / 'copy', f'{runs}/0/', runs / 'link', runs,
+                        os.path.relpath(runs / '1'))
+    assert rows == before
+    assert notes.splitlines()[1:] == [f'left out: {runs}/copy (same setting and seed as {runs}/1)']
+
+
+def test_runs_are_searched_below_a_folder_but_not_in_hidden_ones_or_below_a_run(tmp_path, table):
+    for seed, path in enumerate(('a/b/c', 'a/run', 'a/run/older', '.hidden/run')):
+        write_run(tmp_path / path, seed=seed)
+    rows, _ = table(tmp_path)
+    assert rows['(none)']['n'] == 2
+    rows, _ = table(tmp_path / '.hidden', tmp_path / 'a/run/older')
+    assert rows['(none)']['n'] == 2
+
+
+# Mistakes
+
+@pytest.mark.parametrize('words, sentence', [
+    ([], 'name the folders'), (['.', '--markdown', '--csv'], 'not allowed with'), (['.', '--unknown'], '--unknown'),
+    (['.', '--plot', 'x.jpg'], '--plot must end in .png or .pdf, was given x.jpg'),
+])
+def test_errors_of_the_command_line_are_one_sentence(words, sentence, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *words)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and sentence in printed.err and printed.err.count('\n') == 1 and not printed.out
+
+
+def test_folders_without_a_run_are_refused(tmp_path, runs, monkeypatch):
+    (tmp_path / 'empty' / 'deep').mkdir(parents=True)
+    (tmp_path / 'file').write_text('')
+    for name, sentence in (('empty', 'holds no run'), ('none', 'there is no folder'), ('file', 'there is no folder')):
+        with pytest.raises(UserError, match=sentence):
+            call(monkeypatch, runs, tmp_path / name)
+
+
+def test_without_a_finished_run_the_others_are_listed_and_the_status_is_1(tmp_path):
+    write_run(tmp_path / 'a', files={'result.json': None})
+    command = [sys.executable, 'compare.py', str(tmp_path)]
+    result = subprocess.run(command, cwd=os.path.dirname(compare.__file__), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and result.stdout == f'unfinished: {tmp_path}/a (epoch 3 of 3, but no result.json)\n'
+    assert result.stderr.startswith('error: ') and 'none is finished' in result.stderr and result.stderr.count('\n') == 1
+
+
+# The plot
+
+def test_curves_are_means_over_the_epochs_that_all_seeds_have(tmp_path, monkeypatch, capsys):
+    from matplotlib.axes import Axes
+
+    drawn, bands = {}, []
+    monkeypatch.setattr(Axes, 'plot', lambda self, x, y, plot=Axes.plot, **options:
+                        drawn.update({options['label']: (list(x), list(y))}) or plot(self, x, y, **options))
+    monkeypatch.setattr(Axes, 'fill_between', lambda self, x, low, high, **options: bands.append((list(low), list(high))))
+    write_run(tmp_path / 'a', '--epochs 3', seed=1, curve=(10.0, 20.0, 30.0))
+    write_run(tmp_path / 'b', '--epochs 3', seed=2, curve=(14.0, 26.0, 30.0, 70.0))
+    write_run(tmp_path / 'c', '--epochs 3 --method dma', curve=(1.0, 2.0, 3.0))
+    for name, signature in (('curves.png', b'\x89PNG'), ('curves.PDF', b'%PDF')):
+        call(monkeypatch, tmp_path, '--plot', tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(signature)
+    assert drawn == {'(none), n = 2': ([1, 2, 3], [12, 23, 30]), '--method dma, n = 1': ([1, 2, 3], [1, 2, 3])}
+    band = [deviation([10, 14]), deviation([20, 26]), 0]
+    assert len(bands) == 2 and bands[0] == ([pytest.approx(m - d) for m, d in zip((12, 23, 30), band)],
+                                            [pytest.approx(m + d) for m, d in zip((12, 23, 30), band)])
+    assert capsys.readouterr().out.startswith('all: ')
+    assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c', 'curves.PDF', 'curves.png']
+    with pytest.raises(OSError, match='no-such-folder'):
+        call(monkeypatch, tmp_path, '--plot', tmp_path / 'no-such-folder' / 'x.png')
+
+
+# With cifar.py
+
+def test_two_real_runs(tmp_path, table, monkeypatch, capsys):
+    for seed in (1, 2):
+        flags = '--dataset digits --arch resnet --depth 8 --epochs 1 --train-batch 512 --method dma --coef 0.3'
+        monkeypatch.setattr(sys, 'argv', ['cifar.py', *flags.split(), '--manualSeed', str(seed), '-c', f'{tmp_path}/{seed}'])
+        cifar.main()
+    capsys.readouterr()
+    results = [json.loads((tmp_path / str(seed) / 'result.json').read_text()) for seed in (1, 2)]
+    values = [result['test top-1'] for result in results]
+    rows, notes = table(tmp_path)
+    row = rows['(none)']
+    assert set(row['all'].split('--')) == set(flags.replace('--coef', '--dma-coef').split('--'))
+    assert row['n'] == 2 and row['at epoch'] == 1
+    assert row['last epoch mean'] == row['best, chosen by test set mean'] == pytest.approx(mean(values))
+    assert row['last epoch std'] == pytest.approx(deviation(values))
+    assert row['parameters (M)'] == results[0]['parameters'] / 1e6
+    assert row['seconds per epoch'] == pytest.approx(mean([result['seconds per epoch'] for result in results]))
+    used = json.loads((tmp_path / '1' / 'args.json').read_text())['environment']
+    assert notes == f'Commit {used["commit"] or "unknown"}; PyTorch {used["torch"]}; device {used["device"]}.\n'
