@@ -111,7 +111,7 @@ def parse_arguments():
     except ValueError as error:
         parser.error(str(error))
     if 'workers' in args.given and args.dataset != 'folder' and not args.autoaugment and not input_transform(args, model):
-        parser.error(f'--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
+        parser.error('--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
     if args.checkpoint is None:
         name = '-'.join([args.dataset, f'{args.arch}{args.network.get("depth", "")}', *args.method])
         args.checkpoint = os.path.dirname(args.resume) or '.' if args.resume else os.path.join('checkpoints', name)
@@ -205,9 +205,10 @@ def load_batches(args, state, transforms, device):
 
     known = data.DATASETS[args.dataset]
     make = functools.partial(data.Batches, mean=state['mean'], std=state['std'], device=device, workers=args.workers)
-    plain = args.no_augment or bool(transforms)
-    result = {'train': make(splits['train'], batch_size=batch, padding=0 if plain else 4, flip=known.flip and not plain, cutout=args.cutout,
-                            transform=data.auto_augment(known.policy) if args.autoaugment else transforms.get('train'))}
+    move = not args.no_augment and 'train' not in transforms
+    transform = data.auto_augment(known.policy) if args.autoaugment else transforms.get('train')
+    result = {'train': make(splits['train'], batch_size=batch, padding=4 if move else 0, flip=known.flip and move,
+                            cutout=args.cutout, transform=transform)}
     for part, split in (('test', splits['test']), ('val', val)):
         if split:
             result[part] = make(split, batch_size=args.test_batch, transform=transforms.get('eval'))
