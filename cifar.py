@@ -107,6 +107,8 @@ def parse_arguments():
         with torch.device('meta'):
             model = models.build(args.arch, 2, methods.build_head(args), **args.network)
         schedule.settle(args, model.regime, parser)
+        if state and not args.evaluate:
+            checkpoint.check_schedule(args, state, parser)
         methods.build_optimizer(args, torch.nn.Linear(1, 1), steps_per_epoch=1)
     except ValueError as error:
         parser.error(str(error))
@@ -238,7 +240,7 @@ def fit(args, state, model, optimizer, batches):
     write_json(in_folder('args.json'), {name: value for name, value in vars(args).items() if name not in ('given', 'inherited', 'regime')}
                | {'as given': args.inherited, 'network': state['network'], 'parameters': count_parameters(model),
                   'training images by class': batches['train'].class_counts, 'environment': devices.environment(batches['train'].device)})
-    state['args'] = args.inherited
+    state['args'], state['optimizer_class'] = args.inherited, args.optimizer
     if not os.path.exists(in_folder(checkpoint.BEST)):
         state['best'] = {'top1': -1.0, 'epoch': 0}
 

@@ -91,14 +91,22 @@ def check_flags(args, state, used_by_evaluate, parser):
     if args.evaluate:
         for name in sorted(args.given - used_by_evaluate):
             parser.error(f'--{name.replace("_", "-")} is not used by --evaluate')
-    elif 'epochs' in args.given and args.epochs < state['epoch']:
-        parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
     if 'start_epoch' in args.given:
         parser.error('--start-epoch and --resume exclude each other: a checkpoint knows its epoch')
     for name, flag in {'seed': '--manualSeed', **conditions.FLAGS}.items():
         if name in args.given and getattr(args, name) != state['args'].get(name):
             parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
                          f'the checkpoint has {state["args"].get(name)}')
+
+
+def check_schedule(args, state, parser):
+    """Refuse to go on with fewer epochs than are behind, or with another optimizer than the state is of."""
+    if args.epochs < state['epoch']:
+        parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
+    held = state.get('optimizer_class', 'SGD')  # the only one when it was not yet written down
+    if args.optimizer != held:
+        parser.error(f'--optimizer cannot change when a run is resumed, as the checkpoint has the state of {held}; '
+                     f'was given {args.optimizer}')
 
 
 def load_model(model, state, asked, path):

@@ -1,5 +1,6 @@
 """The options of the optimizer as a pure function of the position in training: nothing to save, nothing to restore wrongly."""
 import math
+from fractions import Fraction
 
 from utils.arguments import number
 
@@ -46,20 +47,20 @@ def settle(args, regime, parser):
         settings = [{name: value for name, value in now.items() if name != 'lr'} for now in settings]
     elif any('lr' in now for now in settings):
         args.lr_schedule = 'regime'  # not a choice of the flag: leaving all flags about the rate out is
-    names = [args.optimizer] if args.optimizer else sorted({now.get('optimizer', 'SGD') for now in settings})
+    names = [args.optimizer] if args.optimizer else list(dict.fromkeys(now.get('optimizer', 'SGD') for now in settings))
     if len(names) > 1 or names[0] not in DEFAULTS:
         parser.error(f'--arch {args.arch} wants the optimizer {" and then ".join(names)}, and a run has one of {", ".join(DEFAULTS)}; '
                      'choose it with --optimizer')
     args.optimizer = names[0]
     defaults = DEFAULTS[args.optimizer]
-    if args.momentum is not None and 'momentum' not in defaults:
+    if 'momentum' in args.given and 'momentum' not in defaults:
         parser.error(f'--momentum is not used by --optimizer {args.optimizer}')
 
-    scale = args.train_batch * args.batch_multiplier / args.base_batch
+    scale = Fraction(args.train_batch * args.batch_multiplier, args.base_batch)  # exact, as epochs are rounded up
     if 'base_batch' in args.given and args.lr_scaling == 'none' and not args.epoch_scaling:
         parser.error('--base-batch is not used without --lr-scaling sqrt, --lr-scaling linear or --epoch-scaling')
     stretch = scale if args.epoch_scaling else 1
-    rates = {'none': 1, 'sqrt': math.sqrt(scale), 'linear': scale}[args.lr_scaling]
+    rates = {'none': 1.0, 'sqrt': math.sqrt(scale), 'linear': float(scale)}[args.lr_scaling]
     _settle_rate(args, stretch, parser)
     args.epochs = math.ceil(args.epochs * stretch)
     last = len(settings) - 1
@@ -97,13 +98,14 @@ def _settle_rate(args, stretch, parser):
     if args.lr_schedule == 'regime':
         return
     args.lr_schedule = args.lr_schedule or 'step'
-    for name in ('schedule', 'lr_step_size', 'gamma'):
-        if getattr(args, name) is not None and args.lr_schedule != 'step':
-            parser.error(f'--{name.replace("_", "-")} belongs to --lr-schedule step, not {args.lr_schedule}')
     args.gamma = 0.1 if args.gamma is None else args.gamma
-    if args.lr_step_size:
-        if args.schedule is not None:
-            parser.error('--schedule and --lr-step-size both say when the learning rate falls; use one of them')
+    if args.lr_schedule != 'step':
+        for flag in sorted({'schedule', 'lr_step_size', 'gamma'} & args.given):
+            parser.error(f'--{flag.replace("_", "-")} belongs to --lr-schedule step, not {args.lr_schedule}')
+        args.schedule = []
+    elif args.schedule is not None and args.lr_step_size:
+        parser.error('--schedule and --lr-step-size both say when the learning rate falls; use one of them')
+    elif args.lr_step_size:
         args.schedule = list(range(args.lr_step_size, args.epochs, args.lr_step_size))
     elif args.schedule is None:
         args.schedule = sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})
@@ -114,7 +116,7 @@ def _settle_rate(args, stretch, parser):
     if args.warmup > args.epochs:
         parser.error(f'--warmup {args.warmup:g} is longer than the whole training; --epochs is {args.epochs}')
     args.schedule = [math.ceil(milestone * stretch) for milestone in args.schedule]
-    args.warmup *= stretch
+    args.warmup *= float(stretch)
 
 
 def options(step, steps_per_epoch, args):
