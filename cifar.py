@@ -35,8 +35,8 @@ def make_parser():
     group = parser.add_argument_group('data')
     group.add_argument('-d', '--dataset', default='cifar10', choices=data.DATASETS, metavar='NAME', help=', '.join(data.DATASETS))
     group.add_argument('--data', default='data', metavar='DIR', help='where the data is, or is downloaded to (data)')
-    group.add_argument('-j', '--workers', type=number(int, 1), default=4, metavar='N',
-                       help='threads that read a folder, processes that transform single images (4)')
+    group.add_argument('-j', '--workers', type=number(int, 1), default=min(4, os.cpu_count() or 1), metavar='N',
+                       help='threads that read a folder, processes that transform single images (4, or as many as processors)')
     group.add_argument('--image-size', type=number(int, 32), default=32, metavar='N', help='side of the images of a folder (32)')
     conditions.add_arguments(group)
     group = parser.add_argument_group('augmentation: by default a random crop, and mirroring unless it is digits')
@@ -126,7 +126,7 @@ def main():
     network = {'arch': args.arch, **args.network, 'num_classes': known.num_classes if known else len(state['classes'])}
     rehearse(args, network)
     if known:
-        check_batch(args, int(known.train_size * (1 - (args.val_split or 0))))
+        check_batch(args, known.train_size)
         checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
     model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
@@ -170,13 +170,11 @@ def rehearse(args, network):
             raise UserError(str(error)) from error
 
 
-def check_batch(args, images):
+def check_batch(args, images, left_by=''):
     """UserError if the batch is larger than the training set of `images` images."""
     if args.train_batch * args.batch_multiplier > images:
         times = f' times --batch-multiplier {args.batch_multiplier}' if args.batch_multiplier > 1 else ''
-        left = [f'{flag} {getattr(args, name)}' for name, flag in conditions.SHRINKING.items() if getattr(args, name)]
-        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {images} images'
-                        + f' that {" and ".join(left)} leaves' * bool(left))
+        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {images} images{left_by}')
 
 
 def input_transform(args, model):
@@ -201,7 +199,8 @@ def load_batches(args, state, transforms, device):
         state['classes'] = splits['train'].classes
     splits['train'], val = conditions.apply(args, splits['train'])
     batch, images = args.train_batch * args.batch_multiplier, len(splits['train'].labels)
-    check_batch(args, images)
+    shrinking = [f'{flag} {getattr(args, name)}' for name, flag in conditions.SHRINKING.items() if getattr(args, name)]
+    check_batch(args, images, f' that {" and ".join(shrinking)} leaves' if shrinking else '')
     print(f'{images} training images, by class: {" ".join(map(str, splits["train"].class_counts()))}'
           + (f' | {len(val.labels)} for validation' if val else ''))
 

@@ -35,6 +35,8 @@ def parse_arguments():
         setattr(asked, name, getattr(args, name))
     if args.mode == 'val' and not asked.val_split:
         parser.error(f'--mode val needs a run with --val-split, and {args.file} is of one without')
+    if 'data' in args.given and asked.dataset == 'digits':
+        parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     asked.resume, asked.network = args.file, {name: value for name, value in state['network'].items() if name in models.OPTION_FLAGS}
     return args, state, asked
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from lsoftmax import LSoftmaxLinear  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import data, methods  # noqa: E402
+from utils import data, methods, schedule  # noqa: E402
 
 LAYERS = '--large-margin-layers input layer1 layer2 layer3'
 ROWS = {
@@ -38,7 +38,9 @@ ROWS = {
 
 def epoch(flags, options, split):
     """A function that trains on the first `options.steps` batches of an epoch."""
-    args = cifar.make_parser().parse_args(f'--epochs 2 --lr-schedule cosine --warmup 0 --lr 1e-3 --manualSeed 0 {flags}'.split())
+    parser = cifar.make_parser()
+    args = parser.parse_args(f'--epochs 2 --lr-schedule cosine --warmup 0 --lr 1e-3 --manualSeed 0 {flags}'.split())
+    schedule.settle(args, None, parser)
     torch.manual_seed(0)
     model = models.build(options.arch, 10, methods.build_head(args), depth=options.depth)
     model.to(DEVICE, memory_format=torch.channels_last)

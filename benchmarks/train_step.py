@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import checkpoint, data, methods  # noqa: E402
+from utils import checkpoint, data, methods, schedule  # noqa: E402
 from utils.logger import Logger, plot_log  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -65,8 +65,9 @@ def bare_loop(options):
 
 
 def cifar_train(options, split, precision):
-    args = cifar.make_parser().parse_args(
-        f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed 0'.split())
+    parser = cifar.make_parser()
+    args = parser.parse_args(f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed 0'.split())
+    schedule.settle(args, None, parser)
     model = network(options)
     optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
     batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)

@@ -11,8 +11,8 @@ class ImageClassifier(nn.Module):
     (batch, 3, height, width) to features (batch, in_features).
 
     It may also say how it wants to be trained, or leave these None:
-    regime: a dict of epoch -> settings (optimizer, lr, momentum, weight_decay) that hold from that epoch on, or a function
-    epoch -> such settings.
+    regime: a dict of epoch -> settings (optimizer, lr, momentum, weight_decay) that hold from that epoch on, or a method
+    regime(self, epoch) that gives such settings.
     input_transform: {'train': f, 'eval': f}, f: PIL image -> float tensor (3, height, width), in place of the script's own
     cropping, mirroring and normalising.
     """

@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
     ('--epochs 100 --schedule 50 150', '--schedule 50 150 goes past the last epoch; --epochs is 100'),
     ('--coef 0.5', '--method (none) has none'), ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is not selected'),
     ('--method dma dma', 'names dma twice'), ('--train-batch 50001', 'larger than the training set of 50000 images'),
-    ('-d digits --val-split 0.5 --train-batch 800', '--val-split 0.5'), ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 0.9'),
+    ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 0.9'),
     ('--widen-factor 2', '--widen-factor is not used by --arch resnet'), ('--arch vgg16 --drop 0.1', '--drop is not used'),
     ('--image-size 64', '--image-size is for --dataset folder'), ('--workers 2', '--workers is for --dataset folder'),
     ('-d digits --data x', '--data is not used by --dataset digits'), ('--gamma 0.5 --lr-schedule cosine', '--gamma belongs'),
@@ -253,6 +253,14 @@ def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monk
     assert sentence in printed and printed.strip().count('\n') == 0
     assert error.type is UserError or error.value.code == 2
     assert not list(tmp_path.rglob('*.*'))
+
+
+def test_a_batch_larger_than_what_the_conditions_leave_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(UserError) as error:
+        call(monkeypatch, f'-d digits --val-split 0.5 --train-fraction 0.5 --train-batch 400 -c {tmp_path}')
+    assert re.fullmatch('--train-batch 400 is larger than the training set of 3[56][0-9] images that --val-split 0.5 and '
+                        '--train-fraction 0.5 leaves', str(error.value))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('flags, sentence', [

@@ -109,19 +109,6 @@ def test_a_batch_is_the_same_on_every_device():
         assert torch.equal(labels, other_labels.cpu())
 
 
-def test_validation_split_is_stratified_disjoint_and_fixed_by_the_seed():
-    split = random_split(number=100, classes=5)
-    split.images[:, 0, 0, 0] = torch.arange(100).to(torch.uint8)
-    train, val = data.split_validation(split, 0.2, seed=0)
-    assert torch.bincount(train.labels).tolist() == [16] * 5 and torch.bincount(val.labels).tolist() == [4] * 5
-    marks = [part.images[:, 0, 0, 0].tolist() for part in (train, val)]
-    assert sorted(marks[0] + marks[1]) == list(range(100))
-    assert torch.equal(data.split_validation(split, 0.2, seed=0)[1].images, val.images)
-    assert not torch.equal(data.split_validation(split, 0.2, seed=1)[1].images, val.images)
-    with pytest.raises(UserError, match='--val-split 0.01 cannot be cut from 100 images'):
-        data.split_validation(split, 0.01, seed=0)
-
-
 # Sets
 
 def test_digits():

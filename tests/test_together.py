@@ -10,7 +10,7 @@ from torch import nn
 import cifar
 from large_margin import LargeMarginLoss
 from models import cifar as models
-from utils import checkpoint, data, methods
+from utils import checkpoint, data, methods, schedule
 from utils.activations import Activations
 from utils.errors import UserError
 from utils.eval import shown_logits
@@ -27,6 +27,7 @@ def arguments(text):
     parser = cifar.make_parser()
     args = parser.parse_args(f'--epochs 3 --lr-schedule cosine --lr 0.02 --warmup 0 --train-batch 8 --manualSeed 1 {text}'.split())
     methods.check_arguments(args, parser)
+    schedule.settle(args, None, parser)
     return args
 
 

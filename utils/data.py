@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -288,6 +289,7 @@ class Batches:
             return (crop_and_flip(self.images[chosen], self.padding, offset, mirror) for chosen, offset, mirror in draws)
         return torch.utils.data.DataLoader(
             TransformedBatches(self.images, self.padding, draws, self.transform, seeds), batch_size=None, num_workers=self.workers,
+            multiprocessing_context='fork' if sys.platform == 'linux' else None,  # so that a transform may be a lambda
             worker_init_fn=_ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
 
     def normalise(self, images):
@@ -312,7 +314,7 @@ class TransformedBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         chosen, offset, mirror = self.draws[number]
-        state = np.random.SeedSequence((*self.seeds, number)).generate_state(3)
+        state = np.random.SeedSequence(self.seeds, spawn_key=(number,)).generate_state(3)
         torch.manual_seed(int(state[0]))
         random.seed(int(state[1]))
         np.random.seed(state[2])
@@ -321,7 +323,7 @@ class TransformedBatches(torch.utils.data.Dataset):
 
 
 def _as_tensor(image):
-    return torch.from_numpy(np.array(image)) if isinstance(image, Image.Image) else image
+    return torch.from_numpy(np.array(image.convert('RGB'))) if isinstance(image, Image.Image) else image
 
 
 def _ignore_signals(worker):

@@ -73,10 +73,10 @@ def write_confusion(matrix, classes, table, picture):
         writer.writerow(['true \\ predicted', *classes])
         writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist()))
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    few = len(classes) <= 20
+    few, labels = len(classes) <= 20, [name.replace('$', r'\$') for name in classes]  # between two $ would be a formula
     figure = Figure(figsize=(3 + 0.5 * min(len(classes), 30),) * 2, layout='constrained')
     axes = figure.add_subplot()
-    ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=axes, include_values=few, values_format='.0f', cmap='Blues',
+    ConfusionMatrixDisplay(shares, display_labels=labels).plot(ax=axes, include_values=few, values_format='.0f', cmap='Blues',
                                                                xticks_rotation='vertical', colorbar=False)
     axes.set(title='percent of each true class')
     if not few:

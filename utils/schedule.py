@@ -71,10 +71,10 @@ def settle(args, regime, parser):
         if 'momentum' not in defaults:  # the regime was written for another optimizer
             now.pop('momentum', None)
     args.lr, args.momentum, args.weight_decay = (args.regime[0].get(name) for name in ('lr', 'momentum', 'weight_decay'))
-    if args.nesterov and not args.momentum:
-        parser.error(f'--nesterov needs a --momentum above 0, was given {args.momentum}')
     if args.nesterov and args.optimizer != 'SGD':
         parser.error(f'--nesterov is for --optimizer SGD, not {args.optimizer}')
+    if args.nesterov and args.momentum == 0:
+        parser.error('--nesterov needs a --momentum above 0, was given 0')
     if args.start_epoch >= args.epochs:
         parser.error(f'--start-epoch {args.start_epoch} leaves nothing to train; --epochs is {args.epochs}')
 
