@@ -278,7 +278,7 @@ def test_all_layers_come_from_one_backward_pass_per_class(monkeypatch):
 def test_every_flag_of_a_method_is_in_its_group_and_refused_without_the_method(name, monkeypatch, capsys):
     group = next(group for group in cifar.make_parser()._action_groups if group.title == f'--method {name}')
     actions = {action.dest: action for action in group._group_actions}
-    assert actions.keys() == methods._flags(methods.METHODS[name]) and actions
+    assert actions.keys() == methods.flags(methods.METHODS[name]) and actions
     for action in actions.values():
         value = '' if action.nargs == 0 else f' {action.choices[0] if action.choices else 1}'
         monkeypatch.setattr(sys, 'argv', ['cifar.py', *f'{action.option_strings[-1]}{value}'.split()])
