@@ -1,6 +1,7 @@
 # make demo   train ResNet-20 with DMA on the bundled digits, about two minutes on two cores
 # make test   the test suite
-# Both set up .venv first; PYTHON=python3.12 picks another interpreter for it.
+# make scripts-check   every run of scripts/ for one epoch of digits, half an hour or more on two cores
+# All set up .venv first; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
 
 demo: .venv/installed
@@ -8,7 +9,20 @@ demo: .venv/installed
 		--epochs 15 --lr-schedule onecycle --train-batch 64 --manualSeed 1 --checkpoint checkpoints/demo --overwrite
 
 test: .venv/installed
-	.venv/bin/python -m pytest -q tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
+
+# The largest networks see the fewest images; of lsoftmax_imbalanced.sh and smoothout_large_batch.sh a batch must be left.
+scripts-check: .venv/installed
+	rm -rf checkpoints/scripts-check
+	$(call check,all_methods,--train-fraction 0.1)
+	$(call check,large_margin_mnist)
+	$(call check,lsoftmax_imbalanced,--train-fraction 0.5)
+	$(call check,smoothout_large_batch)
+	$(call check,dma_cifar,--train-fraction 0.1)
+	$(call check,amp_cifar,--train-fraction 0.05)
+
+check = @start=$$(date +%s) && PYTHON=.venv/bin/python OUT=checkpoints/scripts-check/$(1) DATASET=digits EPOCHS=1 SEEDS=1 \
+	scripts/$(1).sh --precision bf16 $(2) && echo "$(1).sh: $$(($$(date +%s) - start)) seconds"
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -16,4 +30,4 @@ test: .venv/installed
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test scripts-check

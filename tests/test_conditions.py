@@ -52,7 +52,10 @@ def is_part_of(part, split):
 
 
 def arguments(flags):
-    return cifar.make_parser().parse_args(flags.split())
+    parser = cifar.make_parser()
+    args = parser.parse_args(flags.split())
+    conditions.check_arguments(args, parser)
+    return args
 
 
 def call(monkeypatch, flags):

@@ -226,7 +226,7 @@ def test_flags_win_over_a_regime_one_by_one(flags, changed):
 def test_the_optimizer_is_that_of_the_regime(optimizer):
     args = settle('--epochs 2', {0: {'optimizer': optimizer, 'lr': 0.03}, 1: {'optimizer': optimizer, 'weight_decay': 0.1}})
     assert args.optimizer == optimizer
-    momentum = 0.9 if optimizer in ('SGD', 'RMSprop') else None
+    momentum = {'SGD': 0.9, 'RMSprop': 0}.get(optimizer)
     assert columns(args) == {'lr': [0.03] * 2, 'momentum': [momentum] * 2, 'weight_decay': [5e-4, 0.1]}
     assert not any('optimizer' in now for now in args.regime)
 

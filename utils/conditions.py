@@ -19,9 +19,9 @@ def add_arguments(group):
                        help='part of the training set that chooses the best epoch; the test set is then read once')
     group.add_argument('--imbalance', choices=('exp', 'step'), help='long-tailed training set: fewer and fewer images from class '
                        'to class, or few in the second half of the classes')
-    group.add_argument('--imbalance-factor', type=number(float, 0, 1, above=True), default=0.1, metavar='F',
+    group.add_argument('--imbalance-factor', type=number(float, 0, 1, above=True), metavar='F',
                        help='images of the rarest class over images of the most frequent one (0.1)')
-    group.add_argument('--imbalance-seed', type=number(int, 0, 2 ** 32 - 1), default=0, metavar='N',
+    group.add_argument('--imbalance-seed', type=number(int, 0, 2 ** 32 - 1), metavar='N',
                        help='which images stay; --manualSeed does not change that (0)')
     group.add_argument('--train-fraction', type=number(float, 0, 1, above=True), metavar='F',
                        help='train on this part of each class, at least one image')
@@ -30,9 +30,12 @@ def add_arguments(group):
 
 
 def check_arguments(args, parser):
-    if args.imbalance is None:
-        for name in sorted({'imbalance_factor', 'imbalance_seed'} & args.given):
+    """Refuse the flags of an imbalance without one, and fill in those that were left open."""
+    for name, default in (('imbalance_factor', 0.1), ('imbalance_seed', 0)):
+        if args.imbalance is None and name in args.given:
             parser.error(f'{FLAGS[name]} is not used without --imbalance exp or --imbalance step')
+        if args.imbalance and getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def apply(args, split):

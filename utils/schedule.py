@@ -5,7 +5,7 @@ from fractions import Fraction
 from utils.arguments import number
 
 # What flags and a model's regime may leave open. Adam and AdamW have no momentum that could be set.
-DEFAULTS = {'SGD': {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 5e-4}, 'RMSprop': {'lr': 1e-3, 'momentum': 0.9, 'weight_decay': 5e-4},
+DEFAULTS = {'SGD': {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 5e-4}, 'RMSprop': {'lr': 1e-3, 'momentum': 0.0, 'weight_decay': 5e-4},
             'Adam': {'lr': 1e-3, 'weight_decay': 5e-4}, 'AdamW': {'lr': 1e-3, 'weight_decay': 5e-4}}
 RATE_FLAGS = ('optimizer', 'lr', 'lr_schedule', 'schedule', 'lr_step_size', 'gamma', 'warmup')
 
@@ -15,7 +15,7 @@ def add_arguments(group):
     group.add_argument('--epochs', type=number(int, 1), default=300, metavar='N', help='(300)')
     group.add_argument('--start-epoch', type=number(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
     group.add_argument('--optimizer', choices=DEFAULTS, help='(SGD, or as the model\'s regime says)')
-    group.add_argument('--lr', type=number(float, 0), help='highest learning rate (0.1, or the regime\'s)')
+    group.add_argument('--lr', type=number(float, 0), help='highest learning rate (0.1, of other optimizers than SGD 0.001; or the regime\'s)')
     group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle'), help='(step, or the regime\'s)')
     group.add_argument('--schedule', type=number(int, 0), nargs='+', metavar='EPOCH',
                        help='step: when to multiply lr by --gamma (after 1/2 and 3/4 of the epochs)')
@@ -23,7 +23,7 @@ def add_arguments(group):
     group.add_argument('--gamma', type=number(float, 0), help='step: (0.1)')
     group.add_argument('--warmup', type=number(float, 0), metavar='EPOCHS',
                        help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
-    group.add_argument('--momentum', type=number(float, 0, 1), help='(0.9, or the regime\'s)')
+    group.add_argument('--momentum', type=number(float, 0, 1), help='(0.9, of RMSprop 0; or the regime\'s)')
     group.add_argument('--nesterov', action='store_true')
     group.add_argument('--weight-decay', '--wd', type=number(float, 0), help='(0.0005, or the regime\'s)')
     group.add_argument('--base-batch', type=number(int, 1), default=128, metavar='N',
