@@ -264,8 +264,8 @@ def test_on_the_validation_images_it_measures_what_the_log_says(runs, evaluated,
 
 
 def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, evaluated, tmp_path):
-    args = cifar.make_parser().parse_args(
-        '--val-split 0.25 --imbalance step --imbalance-factor 0.5 --label-noise 0.2 --manualSeed 2'.split())
+    args = cifar.make_parser().parse_args('--val-split 0.25 --imbalance step --imbalance-factor 0.5 --imbalance-seed 0 '
+                                          '--label-noise 0.2 --manualSeed 2'.split())
     train, val = conditions.apply(args, data.load('digits', None, 'train'))
     for mode, split in (('train', train), ('val', val), ('test', data.load('digits', None, 'test'))):
         seen = evaluated(f'{runs}/conditioned/checkpoint.pth.tar --mode {mode} -o {tmp_path}')

@@ -183,7 +183,9 @@ def test_a_stopped_run_ends_the_script(status, stage):
 def test_a_signal_ends_the_run_and_the_script(signum, whole_group, stage):
     """SIGTERM as `kill` sends it, to the script alone; SIGINT as Ctrl-C does, to all that was started from the terminal."""
     script = subprocess.Popen([ROOT / 'scripts/all_methods.sh'], env=stage.environment(SLEEPING='*/dma/*', METHODS='none dma amp'),
-                              stdout=subprocess.PIPE, text=True, start_new_session=True)
+                              stdout=subprocess.PIPE, text=True, start_new_session=True,
+                              # What begins in the background ignores SIGINT, and bash can then not heed it: so may these tests.
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(stage.out.parent / 'record.sleeping', script)
     (os.killpg if whole_group else os.kill)(script.pid, signum)
     output, _ = script.communicate(timeout=30)
