@@ -7,6 +7,7 @@ import sys
 import warnings
 from fractions import Fraction
 
+import matplotlib.figure  # noqa: F401, before warnings become errors: old ones use what new ones of other libraries deprecate
 import numpy as np
 import pytest
 import torch
