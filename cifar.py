@@ -277,8 +277,9 @@ def train(batches, model, criterion, optimizer, epoch, args):
         asked = time.perf_counter()
         for index, (inputs, targets) in enumerate(batches.shuffled(args.seed, epoch)):
             data_seconds = time.perf_counter() - asked
+            options = schedule.options(epoch * len(batches) + index, len(batches), args)
             for group in optimizer.param_groups:
-                group.update(schedule.options(epoch * len(batches) + index, len(batches), args))
+                group.update(options)
 
             size = args.mini_batch or args.train_batch
             parts = list(zip(inputs.split(size), targets.split(size)))

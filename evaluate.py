@@ -12,7 +12,7 @@ from cifar import in_words, input_transform, load_split, make_parser, test
 from models import cifar as models
 from utils import checkpoint, conditions, data, device as devices, methods, metrics
 from utils.arguments import Parser, number
-from utils.errors import UserError, run
+from utils.errors import run
 
 
 def parse_arguments():

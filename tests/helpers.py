@@ -1,8 +1,43 @@
-"""What the tests of the optimizers share."""
+"""What several test files share."""
 import io
+import shlex
+import sys
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import cifar
+from utils import data
+from utils.errors import UserError
+
+
+def refused(monkeypatch, capsys, tmp_path, flags):
+    """What cifar.py says of these flags, started in `tmp_path`: one sentence, before any data is read."""
+    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
+    with pytest.raises((SystemExit, UserError)) as error:
+        cifar.main()
+    printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
+    assert printed.strip().count('\n') == 0 and (error.type is UserError or error.value.code == 2)
+    return printed
+
+
+def broken_off(monkeypatch, flags, epoch):
+    """A run of cifar.py that ends like one that was killed when epoch `epoch`, counted from 0, should begin."""
+    train = cifar.train
+
+    def killed(batches, model, criterion, optimizer, number, args):
+        if number == epoch:
+            raise KeyboardInterrupt
+        return train(batches, model, criterion, optimizer, number, args)
+
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cifar, 'train', killed)
+        cifar.main()
 
 
 def weights(model):

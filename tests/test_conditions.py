@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cifar
+from helpers import refused
 from utils import conditions, data
 from utils.errors import UserError
 
@@ -327,19 +328,6 @@ def test_a_whole_run_trains_on_what_the_conditions_leave(checkpoint):
 
 # Flags
 
-def refused(monkeypatch, capsys, tmp_path, flags):
-    """What is said of these flags, which must be one sentence, before any data is read and without a trace."""
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((SystemExit, UserError)) as error:
-        call(monkeypatch, flags)
-    printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
-    assert printed.strip().count('\n') == 0 and (error.type is UserError or error.value.code == 2)
-    assert os.listdir(tmp_path) == []
-    return printed
-
-
 @pytest.mark.parametrize('flags, sentence', [
     ('--imbalance-factor 0.1', '--imbalance-factor is not used without --imbalance'),
     ('--imbalance-seed 1', '--imbalance-seed is not used without --imbalance'),
@@ -365,6 +353,7 @@ def refused(monkeypatch, capsys, tmp_path, flags):
 ])
 def test_flags_that_contradict_or_do_nothing_are_refused(flags, sentence, monkeypatch, tmp_path, capsys):
     assert sentence in refused(monkeypatch, capsys, tmp_path, flags)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize('flags', ['--val-split 0.3', '--imbalance step', '--imbalance-factor 0.5', '--imbalance-seed 0',
@@ -373,6 +362,7 @@ def test_flags_that_contradict_or_do_nothing_are_refused(flags, sentence, monkey
 def test_the_conditions_cannot_change_when_a_run_is_resumed(flags, folder, checkpoint, monkeypatch, tmp_path, capsys):
     sentence = refused(monkeypatch, capsys, tmp_path, f'--resume {checkpoint} --epochs 2 {flags} {folder}')
     assert f'{flags.split()[0]} cannot change when a run is resumed' in sentence
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_resumed_run_trains_on_the_same_images_and_may_be_told_so_again(checkpoint, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cifar
+from helpers import broken_off
 from models import cifar as models
 from models.base import ImageClassifier, global_average_pool
 from models.cifar.mlp import MLP
@@ -367,17 +368,7 @@ def test_killed_after_two_epochs_and_resumed_is_the_run_that_was_not(regime, fla
     own(regime)
     run = f'-d digits -a own --train-batch 16 --epochs 4 --manualSeed 3 {flags}'
     call(monkeypatch, f'{run} -c {tmp_path}/whole')
-    train = cifar.train
-
-    def killed(batches, model, criterion, optimizer, epoch, args):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train(batches, model, criterion, optimizer, epoch, args)
-
-    monkeypatch.setattr(cifar, 'train', killed)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, f'{run} -c {tmp_path}/parts')
-    monkeypatch.setattr(cifar, 'train', train)
+    broken_off(monkeypatch, f'{run} -c {tmp_path}/parts', epoch=2)
     torch.rand(7)  # whatever else was drawn in between
     call(monkeypatch, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import cifar
+from helpers import broken_off
 from large_margin import LargeMarginLoss
 from models import cifar as models
 from utils import checkpoint, data, methods, schedule
@@ -113,17 +114,7 @@ def test_a_whole_run_of_three_methods_resumed(few_digits, monkeypatch, tmp_path)
              '--method lsoftmax large_margin amp --margin 2 --cross-entropy-weight 1 --epsilon 0.1 --clip-norm 5')
     call(monkeypatch, f'{flags} -c {tmp_path}/whole')
     monkeypatch.setattr(cifar, 'report', lambda *args: None)
-    train = cifar.train
-
-    def broken(batches, model, criterion, optimizer, epoch, args):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return train(batches, model, criterion, optimizer, epoch, args)
-
-    monkeypatch.setattr(cifar, 'train', broken)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, f'{flags} -c {tmp_path}/parts')
-    monkeypatch.setattr(cifar, 'train', train)
+    broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=1)
     call(monkeypatch, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
     whole, parts = (torch.load(f'{tmp_path}/{name}/checkpoint.pth.tar', weights_only=True) for name in ('whole', 'parts'))
     assert_same(whole, parts)

@@ -9,8 +9,8 @@ from utils.arguments import number
 from utils.errors import UserError
 
 # Those decide which images are trained on, so a resumed run keeps them: name of the flag's value -> flag.
-FLAGS = {'val_split': '--val-split', 'imbalance': '--imbalance', 'imbalance_factor': '--imbalance-factor',
-         'imbalance_seed': '--imbalance-seed', 'train_fraction': '--train-fraction', 'label_noise': '--label-noise'}
+FLAGS = {name: f'--{name.replace("_", "-")}' for name in ('val_split', 'imbalance', 'imbalance_factor', 'imbalance_seed',
+                                                         'train_fraction', 'label_noise')}
 SHRINKING = {name: FLAGS[name] for name in ('val_split', 'imbalance', 'train_fraction')}
 
 
