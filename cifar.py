@@ -138,8 +138,7 @@ def main():
           f'| method: {" ".join(args.method) or "none"} | {args.precision} on {device.type} | seed {args.seed}')
     if args.evaluate:
         split = load_split(args, 'test', state['classes'])
-        batches = data.Batches(split, state['mean'], state['std'], args.test_batch, device,
-                               transform=input_transform(args, model).get('eval'), workers=args.workers)
+        batches = make_batches(args, state, 'test', split, input_transform(args, model), device)
         print(f'{args.resume}, of epoch {state["epoch"]} | {in_words("test", test(batches, model, args))}')
         return
 
@@ -204,16 +203,19 @@ def load_batches(args, state, transforms, device):
     print(f'{images} training images, by class: {" ".join(map(str, splits["train"].class_counts()))}'
           + (f' | {len(val.labels)} for validation' if val else ''))
 
+    parts = {'train': splits['train'], 'test': splits['test'], 'val': val}
+    return {part: make_batches(args, state, part, split, transforms, device) for part, split in parts.items() if split}
+
+
+def make_batches(args, state, part, split, transforms, device):
+    """A split in batches as `part` is treated: 'train' as the flags about augmentation say, the others as they are."""
+    make = functools.partial(data.Batches, split, state['mean'], state['std'], device=device, workers=args.workers)
+    if part != 'train':
+        return make(batch_size=args.test_batch, transform=transforms.get('eval'))
     known = data.DATASETS[args.dataset]
-    make = functools.partial(data.Batches, mean=state['mean'], std=state['std'], device=device, workers=args.workers)
     move = not args.no_augment and 'train' not in transforms
-    transform = data.auto_augment(known.policy) if args.autoaugment else transforms.get('train')
-    result = {'train': make(splits['train'], batch_size=batch, padding=4 if move else 0, flip=known.flip and move,
-                            cutout=args.cutout, transform=transform)}
-    for part, split in (('test', splits['test']), ('val', val)):
-        if split:
-            result[part] = make(split, batch_size=args.test_batch, transform=transforms.get('eval'))
-    return result
+    return make(batch_size=args.train_batch * args.batch_multiplier, padding=4 if move else 0, flip=known.flip and move,
+                cutout=args.cutout or 0, transform=data.auto_augment(known.policy) if args.autoaugment else transforms.get('train'))
 
 
 def check_parts(args, model, images):

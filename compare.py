@@ -17,7 +17,8 @@ import cifar
 from utils import methods
 from utils.arguments import Parser
 from utils.errors import UserError, run
-from utils.files import replacing
+from utils.files import save_figure
+from utils.metrics import plus_minus, spread
 
 # Flags that do not change what is computed; and --coef, which is short for a method's own flag that has the value.
 IGNORED = {'checkpoint', 'overwrite', 'resume', 'evaluate', 'seed', 'gpu_id', 'workers', 'test_batch', 'deterministic', 'coef'}
@@ -257,11 +258,6 @@ def summarise(name, runs, baseline):
             'seconds per epoch': statistics.fmean(one.seconds for one in runs)}
 
 
-def spread(values):
-    """(mean, standard deviation or None of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def difference(runs, baseline):
     """(difference of the means, its standard error or None if either has a single seed)."""
     (mean, deviation), (base_mean, base_deviation) = (spread([one.top1 for one in side]) for side in (runs, baseline))
@@ -289,7 +285,7 @@ def as_text(value, column):
     if value is None:
         return ''
     first, second = value if column in SECOND else (value, None)
-    return f'{first:{COLUMNS[column]}}' + ('' if second is None else f' +- {second:.2f}')
+    return plus_minus(first, second, COLUMNS[column])
 
 
 def write_csv(rows, columns, shared):
@@ -325,8 +321,7 @@ def plot(path, settings, names, shared):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', fontsize='small')
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == '__main__':

@@ -1,71 +1,111 @@
-"""What a checkpoint of cifar.py can do: loss and accuracy, the accuracy of each class, calibration, and what it confuses.
+"""What a checkpoint of cifar.py can do: loss and accuracy, by class too, calibration; under noise on its weights; under attack.
 
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar
+    python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --ss 0.01 --draws 10
+    python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --attack pgd --attack-eps 8/255
 
 The checkpoint knows its network and its data. The confusion matrix is written beside it.
 """
+import argparse
+import fractions
+import math
 import os
 
 import torch
 
-from cifar import in_words, input_transform, load_split, make_parser, test
-from models import cifar as models
-from utils import checkpoint, conditions, data, device as devices, methods, metrics
+import cifar
+import smoothout
+from utils import metrics, trained
 from utils.arguments import Parser, number
-from utils.errors import run
+from utils.attack import Attack
+from utils.bar import ProgressLine
+from utils.errors import UserError, run
+
+NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
+
+
+def pixels(text):
+    """An argparse type: a share of the way from black to white, such as 8/255."""
+    try:
+        value = float(fractions.Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'must be a share of the way from black to white, from 0 to 1, such as 8/255, was given {text}')
+    return value
 
 
 def parse_arguments():
-    """(flags of this script, the checkpoint, the flags of its run with those of this script in their place)."""
     parser = Parser(prog='evaluate.py', usage='python evaluate.py FILE [flags]', description=__doc__.split('\n')[0])
-    parser.add_argument('file', metavar='FILE', help='a checkpoint')
-    parser.add_argument('--mode', choices=('test', 'train', 'val'), default='test',
-                        help='which images: train and val are those of the run, without augmentation (test)')
-    parser.add_argument('-o', '--out', metavar='DIR', help='where the confusion matrix goes (beside the checkpoint)')
-    parser.add_argument('-d', '--dataset', choices=data.DATASETS, metavar='NAME', help='(that of the run)')
-    parser.add_argument('--data', metavar='DIR', help='(that of the run)')
-    parser.add_argument('-j', '--workers', type=number(int, 1), metavar='N', help='(that of the run)')
-    parser.add_argument('-b', '--test-batch', type=number(int, 1), metavar='N', help='(that of the run)')
-    parser.add_argument('--precision', choices=('fp32', 'bf16'), help='(that of the run)')
-    parser.add_argument('--gpu-id', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
+    trained.add_arguments(parser, modes=None, default_modes='test')
+    group = parser.add_argument_group('under noise on the weights, when --ss is given')
+    smoothout.add_noise_arguments(group, ss=None, kind=number(float, 0))
+    group.add_argument('--draws', type=number(int, 1), default=10, metavar='K', help='how often noise is drawn (10)')
+    group = parser.add_argument_group('under attack')
+    group.add_argument('--attack', choices=('fgsm', 'pgd'), help='on the images, each pixel by at most --attack-eps')
+    group.add_argument('--attack-eps', type=pixels, default=8 / 255, metavar='E', help='with white - black = 1 (8/255)')
+    group.add_argument('--attack-steps', type=number(int, 1), default=10, metavar='N', help='of pgd, 2.5 eps / N each (10)')
     args = parser.parse_args()
-    state = checkpoint.read(args.file)
-    asked = make_parser().parse_args([], defaults=state['args'])
-    for name in args.given - {'file', 'mode', 'out'}:
-        setattr(asked, name, getattr(args, name))
-    if args.mode == 'val' and not asked.val_split:
-        parser.error(f'--mode val needs a run with --val-split, and {args.file} is of one without')
-    if 'data' in args.given and asked.dataset == 'digits':
-        parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
-    asked.resume, asked.network = args.file, {name: value for name, value in state['network'].items() if name in models.OPTION_FLAGS}
-    return args, state, asked
+    for name, flags in NEEDING.items():
+        for flag in flags if getattr(args, name) is None else ():
+            if flag in args.given:
+                parser.error(f'--{flag.replace("_", "-")} is not used without --{name}')
+    if args.attack == 'fgsm' and 'attack_steps' in args.given:
+        parser.error('--attack-steps belongs to --attack pgd; fgsm makes one step')
+    path, = trained.files_of(args, parser, at_most=1)
+    return args, trained.open_checkpoint(path, args, parser)
 
 
 def main():
-    args, state, asked = parse_arguments()
-    device = devices.set_up(asked)
-    model = models.build(asked.arch, len(state['classes']), methods.build_head(asked), **asked.network)
-    checkpoint.load_model(model, state, state['network'], args.file)
-    model.to(device, memory_format=torch.channels_last)
-
-    split = load_split(asked, 'test' if args.mode == 'test' else 'train', state['classes'])
-    if args.mode != 'test':
-        train, val = conditions.apply(asked, split)
-        split = train if args.mode == 'train' else val
-    batches = data.Batches(split, state['mean'], state['std'], asked.test_batch, device,
-                           transform=input_transform(asked, model).get('eval'), workers=asked.workers)
-    predictions = metrics.Predictions(len(batches), batches.num_classes, device)
-    measured = test(batches, model, asked, predictions)
+    args, subject = parse_arguments()
+    if args.attack and cifar.input_transform(subject.args, subject.model):
+        raise UserError(f'--attack needs to know the pixels, and {subject.path} has a model that transforms its images itself; '
+                        'give --no-augment to evaluate it on the images as they are')
+    batches = trained.images_of(subject, args.mode, args)
+    landscape = trained.landscape(subject, batches)
+    predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)
+    with ProgressLine(args.mode, len(batches)) as bar:
+        measured = landscape.measure(meter=predictions, bar=bar)
     by_class, confusion = metrics.of_classes(*predictions.gathered())
+    print(f'{subject.path}, of epoch {subject.state["epoch"]} | {cifar.in_words(args.mode, measured)}')
+    print(metrics.in_words(subject.state['classes'], by_class))
+    if args.ss is not None:
+        print(f'under noise  {under_noise(landscape, args)}', flush=True)
+    if args.attack:
+        print(f'under attack {under_attack(landscape, args)}', flush=True)
 
-    print(f'{args.file}, of epoch {state["epoch"]} | {in_words(args.mode, measured)}')
-    print(metrics.in_words(state['classes'], by_class))
-    folder = os.path.dirname(args.file) if args.out is None else args.out
+    folder = os.path.dirname(subject.path) if args.out is None else args.out
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-    stem = os.path.join(folder, f'{os.path.basename(args.file).split(".")[0]}-{args.mode}-confusion')
-    metrics.write_confusion(confusion, state['classes'], f'{stem}.csv', f'{stem}.png')
+    stem = os.path.join(folder, f'{os.path.basename(subject.path).split(".")[0]}-{args.mode}-confusion')
+    metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
+
+
+def under_noise(landscape, args):
+    """Mean and standard deviation of each quantity over --draws draws of noise on the weights."""
+    generator = torch.Generator(landscape.weights.device).manual_seed(args.seed)
+    draws = []
+    with ProgressLine('noise', args.draws, unit='draw') as bar:
+        for _ in range(args.draws):
+            noise = landscape.noise(generator, args.noise_type, args.adapt_type, args.perturb_batch_norm)
+            draws.append(landscape.measure(landscape.weights + args.ss * noise))
+            bar.advance(cifar.in_words('last', draws[-1]))
+    spread = {name: metrics.spread([draw[name] for draw in draws]) for name in draws[0]}
+    words = [f'{name.lower()} {metrics.plus_minus(*values, ".4f" if name == "Loss" else ".2f")}{"%" * (name != "Loss")}'
+             for name, values in spread.items()]
+    return ' '.join([f'ss {args.ss:g} {args.noise_type}, adapt {args.adapt_type}, {args.draws} draw{"s" * (args.draws > 1)} |', *words])
+
+
+def under_attack(landscape, args):
+    batches, tensors = landscape.batches, landscape.at()
+    generator = torch.Generator(landscape.weights.device).manual_seed(args.seed)
+    attack = Attack(args.attack, lambda inputs: landscape.outputs(tensors, inputs), args.attack_eps, args.attack_steps,
+                    batches.mean, batches.std, generator)
+    with ProgressLine('attack', len(batches)) as bar:
+        measured = landscape.measure(inputs_of=attack, bar=bar)
+    steps = f', {args.attack_steps} steps' if args.attack == 'pgd' else ''
+    return f'{args.attack}, eps {255 * args.attack_eps:g}/255{steps} | {cifar.in_words(args.mode, measured)}'
 
 
 if __name__ == '__main__':

@@ -120,28 +120,33 @@ class SmoothOut(torch.optim.Optimizer):
             torch._foreach_copy_(self.noisy, self.saved)
 
     def _add_noise(self):
-        noise = dict(zip(self.noisy, self._draw()))
+        noise = dict(zip(self.noisy, adapted(self._draw(), self.noisy, self.adapt)))
         for group in self.param_groups:
             params = [p for p in group['params'] if p in noise]
             if params:
-                scaled = [noise[p] for p in params]
-                if self.adapt == 'weight':
-                    scaled = torch._foreach_mul(scaled, torch._foreach_abs(params))
-                elif self.adapt == 'filter':
-                    scaled = [filter_normalized(v, p) for v, p in zip(scaled, params)]
-                torch._foreach_add_(params, scaled, alpha=group['ss'] * self.coefficient(self.steps))
+                torch._foreach_add_(params, [noise[p] for p in params], alpha=group['ss'] * self.coefficient(self.steps))
 
     def _draw(self):
-        """v for each noisy parameter, drawn all at once."""
-        if not self.noisy:
-            return []
-        first = self.noisy[0]
-        v = torch.empty(sum(p.numel() for p in self.noisy), dtype=first.dtype, device=first.device)
-        v = v.uniform_(-1, 1, generator=self.generator) if self.noise == 'uniform' else v.normal_(generator=self.generator)
-        pieces = v.split([p.numel() for p in self.noisy])
-        # In the memory order of the parameter, as tensors of one order are added fastest.
-        return [piece.as_strided(p.shape, p.stride()) if p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-                else piece.view(p.shape) for piece, p in zip(pieces, self.noisy)]
+        return draw(self.noisy, self.noise, self.generator)
+
+
+def draw(weights, noise='uniform', generator=None):
+    """v for each of `weights`, a list of tensors of one dtype and device; noise: 'uniform' in [-1, 1], or 'normal'."""
+    if not weights:
+        return []
+    sizes = [w.numel() for w in weights]
+    v = torch.empty(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)  # drawn all at once
+    v = v.uniform_(-1, 1, generator=generator) if noise == 'uniform' else v.normal_(generator=generator)
+    # In the memory order of the weight, as tensors of one order are added fastest.
+    return [piece.as_strided(w.shape, w.stride()) if w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last)
+            else piece.view(w.shape) for piece, w in zip(v.split(sizes), weights)]
+
+
+def adapted(v, weights, adapt='none'):
+    """The noise of each of `weights`, lists of tensors as `draw` gives them; without the factors ss and coefficient."""
+    if adapt == 'weight':
+        return torch._foreach_mul(v, torch._foreach_abs(weights)) if v else []
+    return [filter_normalized(one, w) for one, w in zip(v, weights)] if adapt == 'filter' else v
 
 
 def smoothing_coefficient(schedule, step, total_steps=None, anneal_index=0.55, tanh_scale=10.0):
@@ -188,16 +193,22 @@ def batch_norm_parameters(model):
     return [p for module in model.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]
 
 
-def add_arguments(parser):
-    parser.add_argument('--ss', '--sharpness-smoothing', type=float, default=0.01, metavar='S', help='size of the noise (0.01)')
+def add_noise_arguments(parser, ss=0.01, kind=float):
+    """The flags that say which noise; ss: the default of its size, which is read by `kind`."""
+    parser.add_argument('--ss', '--sharpness-smoothing', type=kind, default=ss, metavar='S',
+                        help='size of the noise' + (f' ({ss})' if ss else ''))
     parser.add_argument('--noise-type', choices=('uniform', 'normal'), default='uniform', help='(uniform)')
     parser.add_argument('--adapt-type', choices=('none', 'weight', 'filter'), default='none',
                         help='noise in proportion to each weight, or as long as each filter (none)')
+    parser.add_argument('--perturb-batch-norm', action='store_true', help='noise on the BatchNorm parameters too')
+
+
+def add_arguments(parser):
+    add_noise_arguments(parser)
     parser.add_argument('--smoothing-type', choices=('constant', 'anneal', 'tanh'), default='constant',
                         help='how the noise changes during training: anneal falls, tanh rises (constant)')
     parser.add_argument('--anneal-index', type=float, default=0.55, metavar='A', help='(0.55)')
     parser.add_argument('--tanh-scale', type=float, default=10.0, metavar='T', help='(10)')
-    parser.add_argument('--perturb-batch-norm', action='store_true', help='noise on the BatchNorm parameters too')
 
 
 def optimizer(args, model, steps_per_epoch):

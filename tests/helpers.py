@@ -1,8 +1,10 @@
 """What several test files share."""
 import io
+import pathlib
 import shlex
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cifar
 from utils import data
 from utils.errors import UserError
+from utils.landscape import Landscape
 
 
 def refused(monkeypatch, capsys, tmp_path, flags):
@@ -63,3 +66,47 @@ class NothingIsRead(TorchDispatchMode):
         assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
                                                torch.ops.aten.equal), function
         return function(*args, **(kwargs or {}))
+
+
+class Fixed(list):
+    """(inputs, targets) pairs with what a data.Batches says of itself."""
+
+    def __init__(self, pairs, num_classes):
+        super().__init__(pairs)
+        self.num_classes, self.labels = num_classes, torch.cat([targets for _, targets in pairs])
+
+
+def sharpness_golden():
+    """(goldens/sharpness.npz, a function 'master' or 'slave' -> the Landscape of its network)."""
+    golden = np.load(pathlib.Path(__file__).parent / 'goldens/sharpness.npz')
+
+    def landscape_of(name):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+        torch.nn.utils.vector_to_parameters(torch.tensor(golden[f'params_{name}']), net.parameters())
+        return Landscape(net, Fixed([(torch.tensor(golden['x']), torch.tensor(golden['y']))], 3))
+
+    return golden, landscape_of
+
+
+def call(monkeypatch, script, flags):
+    monkeypatch.setattr(sys, 'argv', [f'{script.__name__}.py', *shlex.split(flags)])
+    script.main()
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def toy_runs(**flags):
+    """A fixture: the folder of short trainings on 160 digits, one for each name, with these flags of cifar.py. No curves are drawn."""
+    @pytest.fixture(scope='module')
+    def runs(tmp_path_factory):
+        folder, load = tmp_path_factory.mktemp('runs'), data.load
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, 'load', lambda name, root, part, *rest:
+                          load('digits', None, part).subset(torch.arange(160 if part == 'train' else 60)))
+            patch.setattr(cifar, 'plot_log', lambda *args: None)
+            for name, own in flags.items():
+                call(patch, cifar, f'-d digits --epochs 1 --lr 0.02 --train-batch 16 --manualSeed 2 {own} -c {folder}/{name}')
+            yield folder
+    return runs

@@ -11,6 +11,7 @@ import matplotlib.figure  # noqa: F401, before warnings become errors: old ones 
 import numpy as np
 import pytest
 import torch
+from helpers import call, contents, toy_runs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +21,7 @@ import evaluate
 from utils import conditions, data, metrics
 from utils.errors import UserError
 from utils.eval import Meter, cross_entropy
+from utils.landscape import Landscape
 from utils.logger import read_log
 
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -177,31 +179,9 @@ def test_the_confusion_matrix_in_files(classes, tmp_path):
 
 # evaluate.py
 
-def call(monkeypatch, script, flags):
-    monkeypatch.setattr(sys, 'argv', [f'{script.__name__}.py', *flags.split()])
-    script.main()
-
-
-@pytest.fixture(scope='module')
-def few():
-    """160 digits to train on, 60 to test; no curves are drawn."""
-    load = data.load
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(data, 'load', lambda name, root, part, *rest:
-                            load('digits', None, part).subset(torch.arange(160 if part == 'train' else 60)))
-        monkeypatch.setattr(cifar, 'plot_log', lambda *args: None)
-        yield
-
-
-@pytest.fixture(scope='module')
-def runs(few, tmp_path_factory):
-    """The folders of two finished runs: one with conditions and a validation split, one without."""
-    folder = tmp_path_factory.mktemp('runs')
-    conditioned = '--epochs 3 --val-split 0.25 --imbalance step --imbalance-factor 0.5 --label-noise 0.2 --cutout 4'
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, flags in (('conditioned', conditioned), ('plain', '--epochs 1 --method dma')):
-            call(monkeypatch, cifar, f'-d digits -a lenet --lr 0.02 --train-batch 16 --manualSeed 2 {flags} -c {folder}/{name}')
-    return folder
+CONDITIONED = '--epochs 3 --val-split 0.25 --imbalance step --imbalance-factor 0.5 --label-noise 0.2 --cutout 4'
+# The folders of two finished runs: one with conditions and a validation split, one without.
+runs = toy_runs(conditioned=f'-a lenet {CONDITIONED}', plain='-a lenet --method dma')
 
 
 @pytest.fixture
@@ -209,10 +189,10 @@ def evaluated(runs, capsys):
     """A function: flags -> what evaluate.py measured, by class and over all, the batches, and what it printed."""
     def read(flags):
         seen = {}
-        test, of_classes = cifar.test, metrics.of_classes
+        measure, of_classes = Landscape.measure, metrics.of_classes
 
-        def recording(batches, *rest):
-            seen.update(batches=batches, measured=test(batches, *rest))
+        def recording(landscape, *args, **options):
+            seen.update(batches=landscape.batches, measured=measure(landscape, *args, **options))
             return seen['measured']
 
         def recording_classes(*args):
@@ -220,15 +200,11 @@ def evaluated(runs, capsys):
             return seen['by class'], seen['confusion']
 
         with pytest.MonkeyPatch.context() as within:
-            within.setattr(evaluate, 'test', recording)
+            within.setattr(Landscape, 'measure', recording)
             within.setattr(metrics, 'of_classes', recording_classes)
             call(within, evaluate, flags)
         return seen | {'printed': capsys.readouterr().out}
     return read
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def result_of(folder):
@@ -269,7 +245,8 @@ def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, eval
                                           '--label-noise 0.2 --manualSeed 2'.split())
     train, val = conditions.apply(args, data.load('digits', None, 'train'))
     for mode, split in (('train', train), ('val', val), ('test', data.load('digits', None, 'test'))):
-        seen = evaluated(f'{runs}/conditioned/checkpoint.pth.tar --mode {mode} -o {tmp_path}')
+        as_they_are = '--no-augment' if mode == 'train' else ''
+        seen = evaluated(f'{runs}/conditioned/checkpoint.pth.tar --mode {mode} {as_they_are} -o {tmp_path}')
         assert torch.equal(seen['batches'].labels, split.labels) and torch.equal(seen['batches'].images, split.images)
         assert seen['batches'].cutout == seen['batches'].padding == 0 and seen['batches'].transform is None
         assert seen['confusion'].sum(axis=1).tolist() == split.class_counts()

@@ -1,6 +1,7 @@
 """argparse, with the few habits that all scripts here share."""
 import argparse
 import math
+import re
 import sys
 
 
@@ -12,6 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+        self._negative_number_matcher = re.compile(r'-\.?\d')  # so that -1:0.1:2 is a value too; no flag here begins with a digit
 
     def parse_args(self, args=None, defaults=None):
         """`defaults` (name -> value), a checkpoint's, stand in for the declared ones where the parser knows the name."""

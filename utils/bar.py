@@ -7,26 +7,28 @@ from progress.bar import Bar
 
 
 class ProgressLine(Bar):
-    """A bar over `batches` batches, with what their meter says.
+    """A bar over `total` batches, or what `unit` names, with what their meter says.
 
     Reading the meter waits for the device, so it happens twice a second (every five seconds without a terminal).
     """
     width = 20
 
-    def __init__(self, title, batches, file=sys.stderr):
-        super().__init__(title, max=batches, file=file)
+    def __init__(self, title, total, unit='batch', file=sys.stderr):
+        super().__init__(title, max=total, file=file)
+        self.unit = unit
         self.interval, self.read = (0.5 if self.is_tty() else 5.0), time.perf_counter()
         self.began, self.done, self.data_seconds = self.read, 0, 0.0
 
-    def advance(self, meter, data_seconds=0.0):
-        """One more batch is done, after `data_seconds` of getting it. True if this was a time to read the meter."""
+    def advance(self, meter, data_seconds=None):
+        """One more is done, after `data_seconds` of getting the batch. True if this was a time to read the meter."""
         self.done += 1
-        self.data_seconds += data_seconds
+        self.data_seconds += data_seconds or 0.0
         now = time.perf_counter()
         if now - self.read < self.interval:
             return False
         self.read = now
-        self.suffix = (f'%(index)d/%(max)d | data {self.data_seconds / self.done:.3f}s | batch {(now - self.began) / self.done:.3f}s '
+        data = '' if data_seconds is None else f'data {self.data_seconds / self.done:.3f}s | '
+        self.suffix = (f'%(index)d/%(max)d | {data}{self.unit} {(now - self.began) / self.done:.3f}s '
                        f'| ETA %(eta_td)s | {meter}')
         self.goto(self.done)
         return True

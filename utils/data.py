@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -235,9 +236,9 @@ def mean_and_std(images):
     return mean, std
 
 
-def seeded_generator(*numbers):
-    """A CPU generator whose stream depends on all of the numbers: the run's seed, the epoch, ..."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+def seeded_generator(*numbers, device='cpu'):
+    """A generator whose stream depends on all of the numbers: the run's seed, the epoch, ..."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 class Batches:
@@ -298,6 +299,24 @@ class Batches:
         if images.is_floating_point():
             return images.contiguous(memory_format=torch.channels_last)
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class Recorded(list):
+    """What one pass over a Batches gave, (inputs, targets) each, to be gone over again without making it anew."""
+
+    def __init__(self, batches, one_pass):
+        super().__init__(one_pass)
+        self.num_classes, self.device, self.mean, self.std = batches.num_classes, batches.device, batches.mean, batches.std
+        self.labels = torch.cat([targets for _, targets in self])
+
+
+def fingerprint(batches):
+    """A number that tells these images and labels, in this order, from others."""
+    number = 0
+    for inputs, targets in batches:
+        for part in (inputs.permute(0, 2, 3, 1).contiguous(), targets):
+            number = zlib.crc32(part.cpu().numpy(), number)
+    return number
 
 
 class TransformedBatches(torch.utils.data.Dataset):

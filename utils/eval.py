@@ -16,8 +16,9 @@ def shown_logits(model):
 
 
 def cross_entropy(outputs, targets):
-    """Mean cross-entropy over the batch, natural logarithm, in float32 whatever the precision of the network."""
-    return F.cross_entropy(logits_of(outputs).float(), targets)
+    """Mean cross-entropy over the batch, natural logarithm, in float32 at least, whatever the precision of the network."""
+    logits = logits_of(outputs)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 def quantities(num_classes):
@@ -32,7 +33,7 @@ class Meter:
     """
 
     def __init__(self, batches, num_classes, device):
-        self.losses = torch.zeros(batches, device=device)
+        self.losses = torch.zeros(batches, dtype=torch.float64, device=device)
         self.correct = torch.zeros(2, dtype=torch.int64, device=device)  # among the first 1, among the first 5
         self.sizes = []
         self.quantities = quantities(num_classes)
@@ -48,7 +49,7 @@ class Meter:
     def read(self):
         """Quantity -> value so far: 'Loss' (mean per image), 'Top-1' and perhaps 'Top-5' (percent)."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        mean_loss = (self.losses[:len(sizes)].double().cpu() * sizes).sum() / sizes.sum()
+        mean_loss = (self.losses[:len(sizes)].cpu() * sizes).sum() / sizes.sum()
         values = [mean_loss.item(), *(100 * self.correct.double().cpu() / sizes.sum()).tolist()]
         return dict(zip(self.quantities, values))
 

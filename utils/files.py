@@ -26,3 +26,10 @@ def write_json(path, value):
     with replacing(path) as temporary, open(temporary, 'w') as file:
         json.dump(value, file, indent=2)
         file.write('\n')
+
+
+def save_figure(figure, *paths, dpi=120):
+    """Draw a Matplotlib figure into each file of `paths`, in the format of its ending."""
+    for path in paths:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=dpi)

@@ -2,7 +2,7 @@
 import os
 
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import replacing, save_figure
 
 
 class Logger:
@@ -66,6 +66,4 @@ def plot_log(path, *pictures):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    for picture in pictures:
-        with replacing(picture) as temporary:
-            figure.savefig(temporary, dpi=120)
+    save_figure(figure, *pictures)

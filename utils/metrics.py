@@ -1,11 +1,12 @@
 """What one accuracy hides: accuracy of each class, balanced accuracy, the confusion matrix, calibration."""
 import csv
+import statistics
 
 import numpy as np
 import torch
 
 from utils.eval import Meter, logits_of
-from utils.files import replacing
+from utils.files import replacing, save_figure
 
 
 class Predictions(Meter):
@@ -63,6 +64,16 @@ def in_words(classes, values):
                       f'accuracy by class{", the 20 worst of " + str(len(classes)) if len(ordered) > 20 else ""}:', *lines])
 
 
+def spread(values):
+    """(mean, standard deviation or None of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def plus_minus(mean, deviation, form):
+    """A mean in the format `form`, and what `spread` gave beside it with as many digits."""
+    return f'{mean:{form}}' + ('' if deviation is None else f' +- {deviation:{form.removeprefix("+")}}')
+
+
 def write_confusion(matrix, classes, table, picture):
     """The confusion matrix as a CSV file `table` with the classes as header and first column, and as a picture of its rows' shares."""
     from matplotlib.figure import Figure
@@ -81,5 +92,4 @@ def write_confusion(matrix, classes, table, picture):
     axes.set(title='percent of each true class')
     if not few:
         axes.set(xticks=[], yticks=[])
-    with replacing(picture) as temporary:
-        figure.savefig(temporary, dpi=100, format='png')
+    save_figure(figure, picture, dpi=100)

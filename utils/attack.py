@@ -1,0 +1,36 @@
+"""Adversarial examples: the fast gradient sign method and projected gradient descent, in the maximum norm."""
+import torch
+
+from utils.eval import cross_entropy
+
+
+class Attack:
+    """(inputs, targets) -> inputs that raise the cross-entropy, each pixel at most `epsilon` from what it was and still a colour.
+
+    kind: 'fgsm' is one step of epsilon along the sign of the gradient (Goodfellow et al., ICLR 2015, arXiv 1412.6572); 'pgd'
+    begins anywhere in the cube and makes `steps` steps of 2.5 epsilon / steps, put back into it after each (Madry et al.,
+    ICLR 2018, arXiv 1706.06083). epsilon is in units of pixels between 0 and 1.
+
+    outputs: a function inputs -> what the model returns. mean, std: (3,), what pixels of 0 to 255 were normalised with;
+    inputs (batch, 3, height, width) are normalised, and so is the result. generator: of the random start, on their device.
+    """
+
+    def __init__(self, kind, outputs, epsilon, steps, mean, std, generator):
+        self.kind, self.outputs, self.epsilon, self.generator = kind, outputs, epsilon, generator
+        self.steps, self.step = (1, epsilon) if kind == 'fgsm' else (steps, 2.5 * epsilon / steps)
+        self.unit = (255 / std).view(3, 1, 1)  # a change of 1 between black and white, as it is after normalising
+        self.black, self.white = ((colour - mean).view(3, 1, 1) / std.view(3, 1, 1) for colour in (0, 255))
+
+    def __call__(self, inputs, targets):
+        reach = self.epsilon * self.unit
+        low, high = torch.maximum(inputs - reach, self.black), torch.minimum(inputs + reach, self.white)
+        moved = inputs
+        if self.kind == 'pgd':
+            start = torch.rand(inputs.shape, generator=self.generator, device=inputs.device)
+            moved = torch.lerp(low, high, start.to(inputs.dtype))
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                moved = moved.detach().requires_grad_()
+                gradient, = torch.autograd.grad(cross_entropy(self.outputs(moved), targets), moved)
+            moved = (moved + self.step * self.unit * gradient.sign()).clamp(low, high)
+        return moved.detach()

@@ -1,0 +1,140 @@
+"""What a checkpoint of cifar.py knows: its network, ready to evaluate, and the images it was trained and tested on."""
+import os
+import zlib
+from typing import NamedTuple
+
+import torch
+
+import cifar
+from models import cifar as models
+from utils import checkpoint, conditions, data, device as devices, methods
+from utils.arguments import number
+from utils.errors import UserError
+from utils.landscape import Landscape
+
+
+class Trained(NamedTuple):
+    path: str
+    state: dict  # the checkpoint
+    args: object  # the flags of its run, with those of this script in their place
+    model: torch.nn.Module  # on the device, in evaluation
+    device: torch.device
+
+
+def add_arguments(parser, modes, default_modes, precision=None):
+    """The flags of every script that opens checkpoints: the checkpoints, and what stands in for the flags of their run.
+
+    modes: how many of train, test and val are looked at, as argparse's nargs.
+    """
+    parser.add_argument('files', metavar='FILE', nargs='*', help='a checkpoint')
+    parser.add_argument('--evaluate', metavar='FILE', help='the same as FILE')
+    group = parser.add_argument_group('images; what is left open is that of the run')
+    group.add_argument('--mode', nargs=modes, choices=('test', 'train', 'val'), default=default_modes,
+                       help='which images; those of training augmented as in training, each once '
+                       f'({default_modes if modes is None else " ".join(default_modes)})')
+    group.add_argument('--no-augment', action='store_true', help='images as they are')
+    group.add_argument('--images', type=number(int, 1), metavar='N', help='at most N of each, drawn at random (all)')
+    group.add_argument('-d', '--dataset', choices=data.DATASETS, metavar='NAME', help=', '.join(data.DATASETS))
+    group.add_argument('--data', metavar='DIR', help='where the data is')
+    group.add_argument('-j', '--workers', type=number(int, 1), metavar='N', help='threads that read images')
+    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=number(int, 1), metavar='N', help='in one pass')
+    group = parser.add_argument_group('run')
+    group.add_argument('-a', '--arch', '--model', metavar='NAME', help='not needed; refused if it is not that of the checkpoint')
+    group.add_argument('--precision', choices=('fp32', 'bf16', 'fp64'), default=precision,
+                       help=f'bf16: autocast ({precision or "that of the run"})')
+    group.add_argument('--gpu-id', '--gpus', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
+    group.add_argument('--manualSeed', type=number(int, 0, 2 ** 32 - 1), dest='seed', default=0, metavar='N',
+                       help='of all that is drawn here (0)')
+    group.add_argument('-o', '--out', metavar='DIR', help='where results go (beside the checkpoint)')
+
+
+def files_of(args, parser, at_most=None):
+    """The checkpoints that the command line names, at least one."""
+    named = [path for path in (args.evaluate, *args.files, getattr(args, 'slave_evaluate', None)) if path]
+    if not named:
+        parser.error('a checkpoint is required: FILE')
+    if at_most and len(named) > at_most:
+        parser.error(f'at most {at_most} checkpoint{"s" * (at_most > 1)} can be looked at here, and {len(named)} were given')
+    return named
+
+
+def open_checkpoint(path, args, parser):
+    """`args` are the flags that `add_arguments` made. The model of another architecture than --arch ends the script."""
+    state = checkpoint.read(path)
+    asked = cifar.make_parser().parse_args([], defaults=state['args'])
+    for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
+        if getattr(args, name) is not None:
+            setattr(asked, name, getattr(args, name))
+    if args.arch not in (None, state['network']['arch']):
+        raise UserError(f'{path} holds the architecture {state["network"]["arch"]}, but --arch {args.arch} was given')
+    if 'data' in args.given and asked.dataset == 'digits':
+        parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
+    modes = [args.mode] if isinstance(args.mode, str) else args.mode
+    if 'val' in modes and not asked.val_split:
+        parser.error(f'--mode val needs a run with --val-split, and {path} is of one without')
+    asked.resume, asked.network = path, {name: value for name, value in state['network'].items() if name in models.OPTION_FLAGS}
+    asked.train_batch, asked.batch_multiplier = asked.test_batch, 1
+    device = devices.set_up(asked)
+    model = models.build(asked.arch, len(state['classes']), methods.build_head(asked), **asked.network)
+    checkpoint.load_model(model, state, state['network'], path)
+    if args.no_augment:
+        if 'train' not in modes and not cifar.input_transform(asked, model):
+            parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
+        asked.no_augment, asked.cutout, asked.autoaugment = True, None, False
+    model.to(device, torch.float64 if asked.precision == 'fp64' else None, memory_format=torch.channels_last)
+    return Trained(path, state, asked, model.eval(), device)
+
+
+def check_alike(subjects):
+    """UserError unless all of these can be measured on the images of the first."""
+    first, *others = subjects
+    for other in others:
+        if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
+            raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be compared')
+        if any(cifar.input_transform(one.args, one.model) for one in (first, other)):
+            raise UserError('a network that transforms its images itself cannot be compared with another; give --no-augment')
+
+
+def images_of(trained, part, args):
+    """The 'train', 'test' or 'val' images of a checkpoint's run in batches, the same whenever one goes over them."""
+    asked = trained.args
+    split = cifar.load_split(asked, 'test' if part == 'test' else 'train', trained.state['classes'])
+    if part != 'test':
+        train, val = conditions.apply(asked, split)
+        split = train if part == 'train' else val
+    if args.images and args.images < len(split.labels):
+        chosen = torch.randperm(len(split.labels), generator=data.seeded_generator(args.seed))[:args.images]
+        split = split.subset(chosen.sort().values)
+    transforms = cifar.input_transform(asked, trained.model)
+    batches = cifar.make_batches(asked, trained.state, part, split, transforms, trained.device)
+    if batches.padding or batches.flip or batches.cutout or part == 'train' and batches.transform:
+        return data.Recorded(batches, batches.shuffled(args.seed, 0))
+    return data.Recorded(batches, batches) if batches.transform else batches
+
+
+def landscape(trained, batches):
+    return Landscape(trained.model, batches, trained.args.precision)
+
+
+def label(path):
+    """The checkpoint at `path` in two words: its folder and its name."""
+    return '/'.join([os.path.basename(os.path.dirname(os.path.abspath(path))), os.path.basename(path).split('.')[0]])
+
+
+def stem(args, path):
+    """Where results about the checkpoint at `path` go, without what tells one result from another: beside it, or into --out."""
+    if args.out:
+        return os.path.join(args.out, label(path).replace('/', '-'))
+    return os.path.join(os.path.dirname(path), os.path.basename(path).split('.')[0])
+
+
+def description(trained):
+    """What tells this checkpoint from others: where it lies in words, its epoch, a check sum of its weights and buffers."""
+    number = 0
+    for tensor in trained.model.state_dict().values():
+        number = zlib.crc32(tensor.cpu().contiguous().numpy(), number)
+    return {'checkpoint': label(trained.path), 'epoch': trained.state['epoch'], 'crc32': number}
+
+
+def describe_images(batches):
+    return {'number': len(batches.labels), 'crc32': data.fingerprint(batches)}

@@ -1,0 +1,228 @@
+"""Draw how loss and accuracy change around checkpoints of cifar.py, on the training and the test images.
+
+    python visualize_sharpness.py FIRST SECOND                  along (1 - alpha) FIRST + alpha SECOND
+    python visualize_sharpness.py FILE --directions 5           along random filter-normalised directions, FILE at alpha 0
+    python visualize_sharpness.py FILE --surface                over the plane of two such directions
+    python visualize_sharpness.py FILE FILE ... --compare       the directions of several checkpoints in one figure
+
+Writes a table (CSV) that grows point by point, its settings (JSON), and pictures (PNG, PDF). A scan that was broken off goes on
+with the same command. The checkpoints are never changed.
+
+The line is figure 2 of Keskar et al. (ICLR 2017, arXiv 1609.04836); --path sin runs through the same weights at the pace
+of the SmoothOut code, alpha -> (1 + sin(pi alpha - pi / 2)) / 2. Directions and surface are those of Li et al. (NeurIPS 2018,
+arXiv 1712.09913), section 4: normal noise, each filter of it as long as that of the network.
+"""
+import argparse
+import decimal
+import functools
+import math
+import os
+
+import torch
+
+import cifar
+from utils import data, metrics, trained
+from utils.arguments import Parser, number
+from utils.bar import ProgressLine
+from utils.errors import Stopped, UserError, run
+from utils.files import save_figure
+from utils.scan import Scan
+
+ALPHA = {'line': '-1:0.1:2', 'directions': '-0.3:0.02:0.31', 'surface': '-1:0.1:1'}
+
+
+def alphas(text):
+    """An argparse type: START:STEP:STOP -> a list of numbers. STOP is one of them if the steps meet it."""
+    try:
+        start, step, stop = (decimal.Decimal(word) for word in text.split(':'))
+        steps = (stop - start) / step
+    except (ValueError, ArithmeticError) as error:
+        raise argparse.ArgumentTypeError(f'must be START:STEP:STOP, such as -1:0.1:2, was given {text}') from error
+    if not 0 <= steps < 100000:
+        raise argparse.ArgumentTypeError(f'is an empty range, or one without end: steps of {step} do not lead from {start} to {stop}')
+    return [float(start + index * step) for index in range(int(steps) + 1)]
+
+
+def parse_arguments():
+    """(flags, with `kind` of scan; the checkpoints)."""
+    parser = Parser(prog='visualize_sharpness.py', usage='python visualize_sharpness.py FILE [FILE ...] [flags]',
+                    description=__doc__.split('\n')[0])
+    trained.add_arguments(parser, modes='+', default_modes=['train', 'test'])
+    parser.add_argument('--slave-evaluate', metavar='FILE', help='the same as a second FILE')
+    group = parser.add_argument_group('what is drawn')
+    group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way to the second '
+                       f'checkpoint ({ALPHA["line"]}), or lengths in a random direction ({ALPHA["directions"]}; --surface '
+                       f'{ALPHA["surface"]})')
+    group.add_argument('--path', choices=('linear', 'sin'), default='linear', help='of two checkpoints (linear)')
+    group.add_argument('--directions', type=number(int, 1), default=1, metavar='N', help='random ones, drawn as mean and band (1)')
+    group.add_argument('--surface', action='store_true', help='over the plane of two random directions')
+    group.add_argument('--compare', action='store_true', help='several checkpoints, each along the same random directions')
+    group.add_argument('--perturb-batch-norm', action='store_true', help='random directions move the BatchNorm parameters too')
+    group.add_argument('--update-bn', action='store_true', help='estimate BatchNorm statistics anew at each point, over the '
+                       'training images; otherwise they are those of the checkpoint, or in between those of two')
+    group.add_argument('--overwrite', action='store_true', help='replace an earlier scan')
+    args = parser.parse_args()
+    files = trained.files_of(args, parser)
+    if args.compare and len(files) < 2:
+        parser.error('--compare needs at least two checkpoints')
+    if not args.compare and len(files) > 2:
+        parser.error(f'{len(files)} checkpoints were given; one or two can be drawn, or more with --compare')
+    if args.surface and len(files) > 1:
+        parser.error(f'--surface is around one checkpoint, and {len(files)} were given')
+    args.kind = 'surface' if args.surface else 'line' if len(files) == 2 and not args.compare else 'directions'
+    for flag, kinds, what in (('path', ['line'], 'two checkpoints'), ('directions', ['directions'], 'random directions around a checkpoint'),
+                              ('perturb_batch_norm', ['directions', 'surface'], 'random directions')):
+        if flag in args.given and args.kind not in kinds:
+            parser.error(f'--{flag.replace("_", "-")} is for {what}, which are not drawn here')
+    args.mode = list(dict.fromkeys(args.mode))
+    args.alpha = args.alpha or alphas(ALPHA[args.kind])
+    return args, [trained.open_checkpoint(path, args, parser) for path in files]
+
+
+def main():
+    args, subjects = parse_arguments()
+    trained.check_alike(subjects)
+    if args.kind == 'line':
+        check_line(*subjects)
+    images = {part: trained.images_of(subjects[0], part, args) for part in args.mode}
+    if args.update_bn:
+        args.training_images = images.get('train') or trained.images_of(subjects[0], 'train', args)
+    scans = {}
+    if args.kind == 'line':
+        first, second = ([trained.landscape(subject, batches) for batches in images.values()] for subject in subjects)
+        other = f'-to-{trained.label(subjects[1].path).replace("/", "-")}'
+        scans[''] = scan(args, subjects, images, first, other + f'-{args.path}', on_line(first[0], second[0], args.path))
+    else:
+        for subject in subjects:
+            landscapes = [trained.landscape(subject, batches) for batches in images.values()]
+            scans[trained.label(subject.path)] = scan(args, [subject], images, landscapes, f'-{args.kind}', around(landscapes[0], args))
+    stem = next(iter(scans.values())).path.removesuffix('.csv')
+    if args.compare:
+        stem = os.path.join(os.path.dirname(stem), 'compare-directions')
+    (draw_surface if args.surface else draw_curves)(args, scans, f'{stem}.png', f'{stem}.pdf')
+    print('tables  ', *(one.path for one in scans.values()))
+    print('pictures', f'{stem}.png', f'{stem}.pdf')
+
+
+def check_line(first, second):
+    """UserError unless the networks have the same parameters."""
+    shapes = [{name: list(p.shape) for name, p in one.model.named_parameters()} for one in (first, second)]
+    if shapes[0] != shapes[1]:
+        name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        held = [f'{one.path} ({one.state["network"]["arch"]}) {own.get(name, "none")}' for one, own in zip((first, second), shapes)]
+        raise UserError(f'there is no line between different networks, and of {name} the shapes are: {", ".join(held)}; '
+                        '--compare draws them in one figure')
+
+
+def on_line(first, second, path):
+    """(function alpha -> weights and buffers between those of two Landscapes, its points made of alphas)."""
+    def place(alpha):
+        share = alpha if path == 'linear' else (1 + math.sin(math.pi * alpha - math.pi / 2)) / 2
+        buffers = {name: torch.lerp(own, second.buffers[name], share) if own.is_floating_point() and name in second.buffers else own
+                   for name, own in first.buffers.items()}
+        for name in buffers:
+            if name.endswith('running_var'):
+                buffers[name] = buffers[name].clamp(min=0)  # beyond the two a variance can fall below 0
+        return torch.lerp(first.weights, second.weights, share), buffers
+
+    return place, ['alpha']
+
+
+def around(landscape, args):
+    """As `on_line`, for one direction of several, or for the plane of two."""
+    @functools.lru_cache(maxsize=2)
+    def direction(index):
+        generator = data.seeded_generator(args.seed, int(index), device=landscape.weights.device)
+        return landscape.noise(generator, 'normal', 'filter', args.perturb_batch_norm)
+
+    if args.kind == 'surface':
+        return lambda alpha, beta: (landscape.weights + alpha * direction(0) + beta * direction(1), None), ['alpha', 'beta']
+    return lambda index, alpha: (landscape.weights + alpha * direction(index), None), ['direction', 'alpha']
+
+
+def points(args):
+    if args.kind == 'line':
+        return [(alpha,) for alpha in args.alpha]
+    return [(one, alpha) for one in (args.alpha if args.surface else range(args.directions)) for alpha in args.alpha]
+
+
+def scan(args, subjects, images, landscapes, name, placed):
+    """Measure what is missing in the table of these checkpoints, on each of `landscapes`, which are those of `images`."""
+    place, axes = placed
+    quantities = [f'{part} {name}'.lower() for part in images for name in cifar.quantities(len(subjects[0].state['classes']))]
+    settings = {'kind': args.kind, 'checkpoints': [trained.description(subject) for subject in subjects],
+                **({'path': args.path} if args.kind == 'line' else {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}),
+                'update_bn': args.update_bn, 'precision': subjects[0].args.precision,
+                'images': {part: trained.describe_images(batches) for part, batches in images.items()}}
+    stem = trained.stem(args, subjects[0].path) + name + '-update-bn' * args.update_bn
+    table = Scan(stem, settings, axes + quantities, len(axes), args.overwrite)
+    missing = [point for point in points(args) if point not in table.rows]
+    try:
+        with ProgressLine(trained.label(subjects[0].path), len(missing), unit='point') as bar:
+            for point in missing:
+                weights, buffers = place(*point)
+                if args.update_bn:
+                    buffers = landscapes[0].estimated_buffers(args.training_images, weights)
+                values = [value for landscape in landscapes for value in landscape.measure(weights, buffers).values()]
+                table.append(point, values)
+                bar.advance(f'{quantities[0]} {values[0]:.4g}')
+    except Stopped as stop:
+        done = sum(point in table.rows for point in points(args))
+        stop.sentence = f'Stopped; {done} of {len(points(args))} points are in {table.path}. The same command goes on.'
+        raise
+    return table
+
+
+def draw_curves(args, scans, *pictures):
+    """Loss, on a logarithmic scale, and accuracy over alpha; of several directions the mean and a band of one deviation."""
+    from matplotlib.figure import Figure  # a second of import time
+
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    for axes, quantity in zip(figure.subplots(1, 2), ('loss', 'top-1')):
+        for color, (label, table) in enumerate(scans.items()):
+            for part, style in zip(args.mode, ('-', '--', ':')):
+                curves = [column(table, args, f'{part} {quantity}', index) for index in range(args.directions)]
+                means, deviations = zip(*(metrics.spread(values) for values in zip(*curves)))
+                axes.plot(args.alpha, means, style, color=f'C{color}', label=f'{label} {part}'.strip())
+                if len(curves) > 1:
+                    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
+                    if quantity == 'loss':  # on a logarithmic scale a band that reaches 0 has no end
+                        low = [max(value, min(one)) for value, one in zip(low, zip(*curves))]
+                    axes.fill_between(args.alpha, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+        axes.set(xlabel='alpha', ylabel='loss' if quantity == 'loss' else 'top-1 accuracy (%)')
+        axes.set_yscale('log' if quantity == 'loss' else 'linear')
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small')
+    save_figure(figure, *pictures)
+
+
+def column(table, args, name, index=0):
+    """One measured quantity over the alphas (of one direction), or as rows over the plane; infinite losses as NaN."""
+    chosen = [point for point in points(args) if args.kind != 'directions' or point[0] == index]
+    return [value if math.isfinite(value) else math.nan for value in table.column(name, chosen)]
+
+
+def draw_surface(args, scans, *pictures):
+    """The loss over the plane, as contours and in three dimensions, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+    import numpy as np
+
+    (label, table), = scans.items()
+    figure, number = Figure(figsize=(11, 4.8 * len(args.mode)), layout='constrained'), len(args.alpha)
+    for row, part in enumerate(args.mode):
+        height = np.log10(np.array(column(table, args, f'{part} loss')).reshape(number, number).T)  # beta down, alpha across
+        flat = figure.add_subplot(len(args.mode), 2, 2 * row + 1)
+        filled = flat.contourf(args.alpha, args.alpha, height, levels=30, cmap='viridis')
+        flat.contour(args.alpha, args.alpha, height, levels=filled.levels[::3], colors='white', linewidths=0.5)
+        flat.plot(0, 0, 'r+')
+        flat.set(xlabel='alpha', ylabel='beta', title=f'{label} {part}', aspect='equal')
+        figure.colorbar(filled, ax=flat, label='log10 of the loss')
+        solid = figure.add_subplot(len(args.mode), 2, 2 * row + 2, projection='3d')
+        solid.plot_surface(*np.meshgrid(args.alpha, args.alpha), height, cmap='viridis', linewidth=0)
+        solid.set(xlabel='alpha', ylabel='beta')
+        solid.locator_params(nbins=5)
+    save_figure(figure, *pictures)
+
+
+if __name__ == '__main__':
+    run(main)
