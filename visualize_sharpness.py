@@ -28,6 +28,7 @@ from utils.errors import Stopped, UserError, run
 from utils.files import save_figure
 from utils.scan import Scan
 
+AXES = {'line': ['alpha'], 'directions': ['direction', 'alpha'], 'surface': ['alpha', 'beta']}
 ALPHA = {'line': '-1:0.1:2', 'directions': '-0.3:0.02:0.31', 'surface': '-1:0.1:1'}
 
 
@@ -36,6 +37,8 @@ def alphas(text):
     try:
         start, step, stop = (decimal.Decimal(word) for word in text.split(':'))
         steps = (stop - start) / step
+        if not all(value.is_finite() for value in (start, step, stop)):
+            raise ValueError('not a number')
     except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f'must be START:STEP:STOP, such as -1:0.1:2, was given {text}') from error
     if not 0 <= steps < 100000:
@@ -87,18 +90,11 @@ def main():
     images = {part: trained.images_of(subjects[0], part, args) for part in args.mode}
     if args.update_bn:
         args.training_images = images.get('train') or trained.images_of(subjects[0], 'train', args)
-    scans = {}
-    if args.kind == 'line':
-        first, second = ([trained.landscape(subject, batches) for batches in images.values()] for subject in subjects)
-        other = f'-to-{trained.label(subjects[1].path).replace("/", "-")}'
-        scans[''] = scan(args, subjects, images, first, other + f'-{args.path}', on_line(first[0], second[0], args.path))
-    else:
-        for subject in subjects:
-            landscapes = [trained.landscape(subject, batches) for batches in images.values()]
-            scans[trained.label(subject.path)] = scan(args, [subject], images, landscapes, f'-{args.kind}', around(landscapes[0], args))
+    groups = [subjects] if args.kind == 'line' else [[subject] for subject in subjects]
+    scans = {' to '.join(trained.label(subject.path) for subject in group): scan(args, group, images) for group in groups}
     stem = next(iter(scans.values())).path.removesuffix('.csv')
     if args.compare:
-        stem = os.path.join(os.path.dirname(stem), 'compare-directions')
+        stem = os.path.join(os.path.dirname(stem), 'compare-directions' + '-update-bn' * args.update_bn)
     (draw_surface if args.surface else draw_curves)(args, scans, f'{stem}.png', f'{stem}.pdf')
     print('tables  ', *(one.path for one in scans.values()))
     print('pictures', f'{stem}.png', f'{stem}.pdf')
@@ -114,51 +110,23 @@ def check_line(first, second):
                         '--compare draws them in one figure')
 
 
-def on_line(first, second, path):
-    """(function alpha -> weights and buffers between those of two Landscapes, its points made of alphas)."""
-    def place(alpha):
-        share = alpha if path == 'linear' else (1 + math.sin(math.pi * alpha - math.pi / 2)) / 2
-        buffers = {name: torch.lerp(own, second.buffers[name], share) if own.is_floating_point() and name in second.buffers else own
-                   for name, own in first.buffers.items()}
-        for name in buffers:
-            if name.endswith('running_var'):
-                buffers[name] = buffers[name].clamp(min=0)  # beyond the two a variance can fall below 0
-        return torch.lerp(first.weights, second.weights, share), buffers
-
-    return place, ['alpha']
-
-
-def around(landscape, args):
-    """As `on_line`, for one direction of several, or for the plane of two."""
-    @functools.lru_cache(maxsize=2)
-    def direction(index):
-        generator = data.seeded_generator(args.seed, int(index), device=landscape.weights.device)
-        return landscape.noise(generator, 'normal', 'filter', args.perturb_batch_norm)
-
-    if args.kind == 'surface':
-        return lambda alpha, beta: (landscape.weights + alpha * direction(0) + beta * direction(1), None), ['alpha', 'beta']
-    return lambda index, alpha: (landscape.weights + alpha * direction(index), None), ['direction', 'alpha']
-
-
-def points(args):
+def scan(args, group, images):
+    """Measure what is missing in the table of one checkpoint, or of the line between two; returns the table."""
+    landscapes = [trained.landscape(group[0], batches) for batches in images.values()]
     if args.kind == 'line':
-        return [(alpha,) for alpha in args.alpha]
-    return [(one, alpha) for one in (args.alpha if args.surface else range(args.directions)) for alpha in args.alpha]
-
-
-def scan(args, subjects, images, landscapes, name, placed):
-    """Measure what is missing in the table of these checkpoints, on each of `landscapes`, which are those of `images`."""
-    place, axes = placed
-    quantities = [f'{part} {name}'.lower() for part in images for name in cifar.quantities(len(subjects[0].state['classes']))]
-    settings = {'kind': args.kind, 'checkpoints': [trained.description(subject) for subject in subjects],
-                **({'path': args.path} if args.kind == 'line' else {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}),
-                'update_bn': args.update_bn, 'precision': subjects[0].args.precision,
-                'images': {part: trained.describe_images(batches) for part, batches in images.items()}}
-    stem = trained.stem(args, subjects[0].path) + name + '-update-bn' * args.update_bn
-    table = Scan(stem, settings, axes + quantities, len(axes), args.overwrite)
+        place = functools.partial(on_line, landscapes[0], trained.landscape(group[1], landscapes[0].batches), args.path)
+        kind, name = {'path': args.path}, f'to-{trained.label(group[1].path).replace("/", "-")}-{args.path}'
+    else:
+        place = around(landscapes[0], args)
+        kind, name = {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}, args.kind
+    settings = {'kind': args.kind, 'checkpoints': [trained.description(subject) for subject in group], **kind, 'update_bn': args.update_bn,
+                'precision': group[0].args.precision, 'images': {part: trained.describe_images(batches) for part, batches in images.items()}}
+    quantities = [f'{part} {quantity}'.lower() for part in images for quantity in cifar.quantities(len(group[0].state['classes']))]
+    stem = f'{trained.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
+    table = Scan(stem, settings, AXES[args.kind] + quantities, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]
     try:
-        with ProgressLine(trained.label(subjects[0].path), len(missing), unit='point') as bar:
+        with ProgressLine(trained.label(group[0].path), len(missing), unit='point') as bar:
             for point in missing:
                 weights, buffers = place(*point)
                 if args.update_bn:
@@ -171,6 +139,35 @@ def scan(args, subjects, images, landscapes, name, placed):
         stop.sentence = f'Stopped; {done} of {len(points(args))} points are in {table.path}. The same command goes on.'
         raise
     return table
+
+
+def points(args):
+    if args.kind == 'line':
+        return [(alpha,) for alpha in args.alpha]
+    return [(one, alpha) for one in (args.alpha if args.surface else range(args.directions)) for alpha in args.alpha]
+
+
+def on_line(first, second, path, alpha):
+    """(weights, buffers) on the way from one Landscape to another."""
+    share = alpha if path == 'linear' else (1 + math.sin(math.pi * alpha - math.pi / 2)) / 2
+    buffers = {name: torch.lerp(own, second.buffers[name], share) if own.is_floating_point() and name in second.buffers else own
+               for name, own in first.buffers.items()}
+    for name in buffers:
+        if name.endswith('running_var'):
+            buffers[name] = buffers[name].clamp(min=0)  # beyond the two a variance can fall below 0
+    return torch.lerp(first.weights, second.weights, share), buffers
+
+
+def around(landscape, args):
+    """A function of a point that gives (weights, None): along one of several random directions, or on the plane of two."""
+    @functools.lru_cache(maxsize=2)
+    def direction(number):
+        generator = data.seeded_generator(args.seed, number, device=landscape.weights.device)
+        return landscape.noise(generator, 'normal', 'filter', args.perturb_batch_norm)
+
+    if args.surface:
+        return lambda alpha, beta: (landscape.weights + alpha * direction(0) + beta * direction(1), None)
+    return lambda number, alpha: (landscape.weights + alpha * direction(number), None)
 
 
 def draw_curves(args, scans, *pictures):

@@ -54,3 +54,10 @@ def test_the_benchmark_runs():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert re.search(r'epoch of cifar\.py / bare loop: \d+\.\d+', result.stdout) and 'pipeline, bf16: ' in result.stdout
+
+
+def test_the_sharpness_benchmark_runs():
+    command = [sys.executable, 'benchmarks/sharpness.py', *'--depth 8 --images 16 --batch 8 --points 2 --rounds 1'.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'points per second over a bare evaluation: \d+\.\d+ .*\ngradients per second over a bare pass: \d+\.\d+', result.stdout)

@@ -253,6 +253,77 @@ def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, eval
         assert np.trace(seen['confusion']) / len(split.labels) == pytest.approx(seen['measured']['Top-1'] / 100)
 
 
+def test_the_training_images_are_augmented_as_in_training_and_always_the_same(runs, evaluated, tmp_path):
+    run = f'{runs}/conditioned/checkpoint.pth.tar --mode train -o {tmp_path}'
+    first, again, other, plain = (evaluated(f'{run} {flags}') for flags in ('', '', '--manualSeed 1', '--no-augment'))
+    inputs = [torch.cat([inputs for inputs, _ in seen['batches']]) for seen in (first, again, other, plain)]
+    assert torch.equal(inputs[0], inputs[1]) and first['measured'] == again['measured']
+    assert not torch.equal(inputs[0], inputs[2]) and not torch.equal(inputs[0], inputs[3])
+    assert sorted(first['batches'].labels.tolist()) == sorted(plain['batches'].labels.tolist())
+    holes = (inputs[0] == 0).all(dim=1).sum(dim=(1, 2))  # the mean colour, where 4 x 4 pixels were cut out
+    assert (holes > 0).all() and not (inputs[3] == 0).all(dim=1).any()
+    few = evaluated(f'{run} --no-augment --images 20')
+    assert len(few['batches'].labels) == 20 and len(evaluated(f'{run} --images 9999')['batches'].labels) == len(plain['batches'].labels)
+
+
+def test_older_spellings_of_evaluate(runs, evaluated, tmp_path):
+    new = evaluated(f'{runs}/plain/checkpoint.pth.tar -b 7 -o {tmp_path}')
+    old = evaluated(f'--evaluate {runs}/plain/checkpoint.pth.tar --model lenet --mini-batch-size 7 -o {tmp_path}')
+    assert old['printed'] == new['printed'] and len(old['batches']) == 9
+
+
+@pytest.mark.parametrize('flags', ['', '--noise-type normal', '--adapt-type filter', '--adapt-type weight --perturb-batch-norm'])
+def test_under_noise_mean_and_deviation_over_draws(flags, runs, monkeypatch, capsys, tmp_path):
+    losses, tops, clean, measure = [], [], [], Landscape.measure
+
+    def recording(landscape, weights=None, *args, **options):
+        measured = measure(landscape, weights, *args, **options)
+        if weights is None:
+            clean.append((measured, landscape.weights))
+        else:
+            assert 0 < (weights - clean[0][1]).abs().max()
+            losses.append(measured['Loss'])
+            tops.append(measured['Top-1'])
+        return measured
+
+    monkeypatch.setattr(Landscape, 'measure', recording)
+    run = f'{runs}/plain/checkpoint.pth.tar -o {tmp_path}'
+    call(monkeypatch, evaluate, f'{run} --ss 0.05 --draws 4 {flags}')
+    line = re.search('under noise  ss 0.05 .*', capsys.readouterr().out)[0]
+    assert len(set(losses)) == 4 and f'loss {np.mean(losses):.4f} +- {np.std(losses, ddof=1):.4f} top-1 {np.mean(tops):.2f} +- ' in line
+    call(monkeypatch, evaluate, f'{run} --ss 0.05 --draws 4 {flags}')
+    assert line in capsys.readouterr().out  # the same draws again
+
+
+def test_one_draw_has_no_deviation_and_no_noise_changes_nothing(runs, evaluated, tmp_path):
+    printed = evaluated(f'{runs}/plain/checkpoint.pth.tar --ss 0 --draws 1 -o {tmp_path}')['printed']
+    loss = re.search(r'test loss (\S+)', printed)[1]
+    assert f'1 draw | loss {loss} top-1' in printed and '+-' not in printed
+
+
+def test_under_attack(runs, evaluated, tmp_path):
+    def accuracy(flags):
+        printed = evaluated(f'{runs}/conditioned/checkpoint.pth.tar -o {tmp_path} {flags}')['printed']
+        attacked = re.search(r'under attack (.*) \| test loss (\S+) top-1 (\S+)%', printed)
+        clean = re.search(r'test loss (\S+) top-1 (\S+)%', printed)
+        return attacked[1], float(attacked[2]) - float(clean[1]), float(attacked[3]) - float(clean[2])
+
+    assert accuracy('--attack fgsm --attack-eps 0') == ('fgsm, eps 0/255', 0, 0)
+    name, weak, lost = accuracy('--attack fgsm')
+    assert name == 'fgsm, eps 8/255' and weak > 0 and lost <= 0
+    name, strong, lost = accuracy('--attack pgd --attack-eps 32/255 --attack-steps 5')
+    assert name == 'pgd, eps 32/255, 5 steps' and strong > weak and lost < 0
+    assert accuracy('--attack pgd --attack-eps 32/255 --attack-steps 5')[1] == strong
+
+
+def test_an_attack_on_images_that_the_model_transforms_is_refused(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar, 'input_transform', lambda args, model: {} if args.no_augment else {'eval': lambda image: torch.zeros(3, 32, 32)})
+    command = f'{runs}/plain/checkpoint.pth.tar --attack fgsm -o {tmp_path}'
+    with pytest.raises(UserError, match='--attack needs to know the pixels.*give --no-augment'):
+        call(monkeypatch, evaluate, command)
+    call(monkeypatch, evaluate, f'{command} --no-augment')
+
+
 def test_the_confusion_matrix_goes_where_it_is_told(runs, evaluated, monkeypatch, tmp_path):
     before = contents(runs / 'plain')
     seen = evaluated(f'{runs}/plain/checkpoint.pth.tar -o {tmp_path}/new/folder')
@@ -284,6 +355,15 @@ def test_flags_stand_in_for_those_of_the_run(runs, evaluated, monkeypatch, tmp_p
     ('{}/plain/checkpoint.pth.tar --mode training', "invalid choice: 'training'"),
     ('{}/plain/checkpoint.pth.tar --lr 0.1', 'unrecognized arguments: --lr 0.1'),
     ('{}/plain/checkpoint.pth.tar --test-batch 0', 'of at least 1'),
+    ('{}/plain/checkpoint.pth.tar {}/plain/checkpoint.pth.tar', 'at most 1 checkpoint can be looked at here, and 2 were given'),
+    ('{}/plain/checkpoint.pth.tar --model resnet', 'holds the architecture lenet, but --arch resnet was given'),
+    ('{}/plain/checkpoint.pth.tar --no-augment', '--no-augment changes nothing about --mode test'),
+    ('{}/plain/checkpoint.pth.tar --draws 3', '--draws is not used without --ss'),
+    ('{}/plain/checkpoint.pth.tar --adapt-type filter', '--adapt-type is not used without --ss'),
+    ('{}/plain/checkpoint.pth.tar --ss -0.1', 'must be a number of at least 0, was given -0.1'),
+    ('{}/plain/checkpoint.pth.tar --attack-eps 8/255', '--attack-eps is not used without --attack'),
+    ('{}/plain/checkpoint.pth.tar --attack fgsm --attack-steps 3', '--attack-steps belongs to --attack pgd'),
+    ('{}/plain/checkpoint.pth.tar --attack pgd --attack-eps 8', 'from 0 to 1, such as 8/255, was given 8'),
 ])
 def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs, monkeypatch, tmp_path, capsys):
     whole = (runs / 'plain/checkpoint.pth.tar').read_bytes()
@@ -293,7 +373,7 @@ def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises((SystemExit, UserError)) as error:
-        call(monkeypatch, evaluate, flags.format(runs))
+        call(monkeypatch, evaluate, flags.replace('{}', str(runs)))
     printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
     assert sentence in printed and printed.strip().count('\n') == 0
     assert error.type is UserError or error.value.code == 2

@@ -129,11 +129,11 @@ def stem(args, path):
 
 
 def description(trained):
-    """What tells this checkpoint from others: where it lies in words, its epoch, a check sum of its weights and buffers."""
+    """What tells this checkpoint from others, wherever it lies: its epoch, and a check sum of its weights and buffers."""
     number = 0
     for tensor in trained.model.state_dict().values():
         number = zlib.crc32(tensor.cpu().contiguous().numpy(), number)
-    return {'checkpoint': label(trained.path), 'epoch': trained.state['epoch'], 'crc32': number}
+    return {'epoch': trained.state['epoch'], 'crc32': number}
 
 
 def describe_images(batches):
