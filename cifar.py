@@ -112,7 +112,7 @@ def parse_arguments():
         methods.build_optimizer(args, torch.nn.Linear(1, 1), steps_per_epoch=1)
     except ValueError as error:
         parser.error(str(error))
-    if 'workers' in args.given and args.dataset != 'folder' and not args.autoaugment and not input_transform(args, model):
+    if 'workers' in args.given and not uses_workers(args, model):
         parser.error('--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
     if args.checkpoint is None:
         name = '-'.join([args.dataset, f'{args.arch}{args.network.get("depth", "")}', *args.method])
@@ -179,6 +179,10 @@ def check_batch(args, images, left_by=''):
 def input_transform(args, model):
     """The model's own transforms of images, if it has some and no flag about augmentation was given."""
     return (not (args.no_augment or args.cutout or args.autoaugment) and model.input_transform) or {}
+
+
+def uses_workers(args, model):
+    return args.dataset == 'folder' or args.autoaugment or bool(input_transform(args, model))
 
 
 def load_split(args, part, classes=None):

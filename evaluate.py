@@ -11,11 +11,9 @@ import fractions
 import math
 import os
 
-import torch
-
 import cifar
 import smoothout
-from utils import metrics, trained
+from utils import data, metrics, trained
 from utils.arguments import Parser, number
 from utils.attack import Attack
 from utils.bar import ProgressLine
@@ -68,24 +66,21 @@ def main():
         measured = landscape.measure(meter=predictions, bar=bar)
     by_class, confusion = metrics.of_classes(*predictions.gathered())
     print(f'{subject.path}, of epoch {subject.state["epoch"]} | {cifar.in_words(args.mode, measured)}')
-    print(metrics.in_words(subject.state['classes'], by_class))
+    print(metrics.in_words(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
     if args.ss is not None:
         print(f'under noise  {under_noise(landscape, args)}', flush=True)
     if args.attack:
         print(f'under attack {under_attack(landscape, args)}', flush=True)
 
-    folder = os.path.dirname(subject.path) if args.out is None else args.out
-    if args.out:
-        os.makedirs(args.out, exist_ok=True)
-    stem = os.path.join(folder, f'{os.path.basename(subject.path).split(".")[0]}-{args.mode}-confusion')
+    stem = f'{trained.stem(args, subject.path)}-{args.mode}-confusion'
+    os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
 
 
 def under_noise(landscape, args):
     """Mean and standard deviation of each quantity over --draws draws of noise on the weights."""
-    generator = torch.Generator(landscape.weights.device).manual_seed(args.seed)
-    draws = []
+    generator, draws = data.seeded_generator(args.seed, device=landscape.weights.device), []
     with ProgressLine('noise', args.draws, unit='draw') as bar:
         for _ in range(args.draws):
             noise = landscape.noise(generator, args.noise_type, args.adapt_type, args.perturb_batch_norm)
@@ -99,7 +94,7 @@ def under_noise(landscape, args):
 
 def under_attack(landscape, args):
     batches, tensors = landscape.batches, landscape.at()
-    generator = torch.Generator(landscape.weights.device).manual_seed(args.seed)
+    generator = data.seeded_generator(args.seed, device=landscape.weights.device)
     attack = Attack(args.attack, lambda inputs: landscape.outputs(tensors, inputs), args.attack_eps, args.attack_steps,
                     batches.mean, batches.std, generator)
     with ProgressLine('attack', len(batches)) as bar:

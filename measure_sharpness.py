@@ -6,8 +6,8 @@
 L is the mean cross-entropy in evaluation, w the weights as one vector of P numbers, w_t those of one parameter tensor.
 
     --box          100 (max L(w + z) - L(w)) / (1 + L(w)) percent, over |z_i| <= epsilon (|w_i| + 1): Keskar et al., ICLR 2017
-                   (arXiv 1609.04836), equation 4. --manifolds N: over z = A y with |y_i| <= epsilon (|(A^+ w)_i| + 1), for
-                   a random P x N matrix A
+                   (arXiv 1609.04836), equation 4, by their search, bounded L-BFGS, and by steps from corner to corner.
+                   --manifolds N: over z = A y with |y_i| <= epsilon (|(A^+ w)_i| + 1), for a random P x N matrix A
     --ball         max L(w + z) - L(w), over |z_t|_2 <= epsilon for every tensor t: the ball of AMP (arXiv 2010.04925)
     --noise        mean L(w + z) - L(w), over SmoothOut's noise z (arXiv 1805.07898)
     --eigenvalues  the largest of the Hessian of L
@@ -16,7 +16,6 @@ L is the mean cross-entropy in evaluation, w the weights as one vector of P numb
 A maximum is the best that its search found, so it is a lower bound. Each measurement is added to FILE-sharpness.json beside the
 checkpoint, with all its settings, and is not made again when it is there.
 """
-import inspect
 import json
 import math
 import os
@@ -37,9 +36,17 @@ from utils.files import write_json
 
 
 def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
-    """Keskar's sharpness; with `manifolds`, that many dimensions, the mean and deviation over `times` random manifolds."""
+    """Keskar's sharpness by his search; in the whole space also by steps from corner to corner of the box, which often find more.
+
+    With `manifolds`, that many dimensions, the mean and deviation over `times` random manifolds.
+    """
     if not manifolds:
-        return box_sharpness(landscape, box_epsilon, box_iterations)
+        reach = box_epsilon * (landscape.weights.abs() + 1)
+        before, rises = climb(landscape, lambda gradient: reach * gradient.sign(), torch.zeros_like(reach), box_iterations)
+        corner = {'sharpness': 100 * highest(rises) / (1 + before), 'each step': rises}
+        return {**box_sharpness(landscape, box_epsilon, box_iterations), 'corners': corner}
+    if manifolds > len(landscape.weights):
+        raise UserError(f'--manifolds must be at most the number of parameters, {len(landscape.weights)}, was given {manifolds}')
     each = []
     for index in range(times):
         rows = torch.randn(manifolds, len(landscape.weights), generator=data.seeded_generator(seed, index))
@@ -78,21 +85,33 @@ def box_sharpness(landscape, epsilon=1e-3, iterations=10, manifold=None):
 
 
 def ball(landscape, seed, ball_epsilon, ball_steps):
-    """The largest rise of the loss in `ball_steps` steps.
-
-    Each step goes to where in the ball the loss would be highest if it were linear: AMP's inner step, at a length that takes
-    every tensor to its radius. The first begins beside w, as a gradient of exactly zero has no direction.
-    """
+    """The largest rise of the loss; each step is AMP's inner step, at a length that takes every tensor to its radius."""
     def at_radius(vector):
-        pieces = (F.normalize(piece.flatten(), dim=0, eps=torch.finfo(vector.dtype).tiny) for piece in landscape.tensors(vector).values())
-        return ball_epsilon * torch.cat(list(pieces))
+        # In float64: the squares of the small slopes at a good minimum vanish in float32.
+        pieces = [F.normalize(piece.flatten().double(), dim=0, eps=1e-300) for piece in landscape.tensors(vector).values()]
+        return ball_epsilon * torch.cat(pieces).to(vector)
 
+    # The first begins beside w, as a gradient of exactly zero has no direction.
+    beside = 1e-3 * at_radius(torch.randn(len(landscape.weights), generator=data.seeded_generator(seed)).to(landscape.weights))
+    _, rises = climb(landscape, at_radius, beside, ball_steps)
+    return {'rise': highest(rises), 'each step': rises}
+
+
+def climb(landscape, to_edge, z, steps):
+    """(L(w), [L(w + z) - L(w) after each step]): every step goes to where a linear loss would be highest.
+
+    to_edge: gradient -> that point of the set of all z. z: where it begins.
+    """
     before, rises = landscape.measure()['Loss'], []
-    z = 1e-3 * at_radius(torch.randn(len(landscape.weights), generator=data.seeded_generator(seed)).to(landscape.weights))
-    for _ in range(ball_steps):
-        z = at_radius(landscape.loss_and_gradient(landscape.weights + z)[1])
+    for _ in range(steps):
+        z = to_edge(landscape.loss_and_gradient(landscape.weights + z)[1])
         rises.append(landscape.measure(landscape.weights + z)['Loss'] - before)
-    return {'rise': max(rises), 'each step': rises}
+    return before, rises
+
+
+def highest(rises):
+    """At least 0, the rise of not moving; NaN if one is."""
+    return float(np.max([0.0, *rises]))
 
 
 def noise(landscape, seed, ss, noise_type, adapt_type, perturb_batch_norm, draws):
@@ -119,9 +138,13 @@ def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
         products += 1
         return landscape.hessian_product(torch.from_numpy(vector).flatten().to(landscape.weights)).double().cpu().numpy()
 
-    values = scipy.sparse.linalg.eigsh(scipy.sparse.linalg.LinearOperator((size, size), product, dtype=np.float64), eigenvalue_count,
-                                       which='LA', v0=torch.randn(size, generator=data.seeded_generator(seed)).double().numpy(),
-                                       tol=eigenvalue_tolerance, return_eigenvectors=False)
+    hessian = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=np.float64)
+    start = torch.randn(size, generator=data.seeded_generator(seed)).double().numpy()
+    try:
+        values = scipy.sparse.linalg.eigsh(hessian, eigenvalue_count, which='LA', v0=start, tol=eigenvalue_tolerance, return_eigenvectors=False)
+    except scipy.sparse.linalg.ArpackError as error:  # a Hessian with NaN, or one that it does not get done with
+        raise UserError(f'the eigenvalues were not found after {products} products with the Hessian ({" ".join(str(error).split())}); '
+                        'try a larger --eigenvalue-tolerance') from error
     return {'largest': sorted(values.tolist(), reverse=True), 'products': products}
 
 
@@ -139,12 +162,15 @@ def loss(landscape, seed):
     return landscape.measure()
 
 
-# A measure -> its function, whose further arguments are the flags that only this measure uses. The first is always made.
-MEASURES = {'loss': loss, 'box': box, 'ball': ball, 'noise': noise, 'eigenvalues': eigenvalues, 'trace': trace}
-
-
-def options(measure):
-    return list(inspect.signature(MEASURES[measure]).parameters)[2:]
+# A measure -> its function, and the flags that are its further arguments. The first is always made.
+MEASURES = {
+    'loss': (loss, ()),
+    'box': (box, ('box_epsilon', 'box_iterations', 'manifolds', 'times')),
+    'ball': (ball, ('ball_epsilon', 'ball_steps')),
+    'noise': (noise, ('ss', 'noise_type', 'adapt_type', 'perturb_batch_norm', 'draws')),
+    'eigenvalues': (eigenvalues, ('eigenvalue_count', 'eigenvalue_tolerance')),
+    'trace': (trace, ('probes',)),
+}
 
 
 def parse_arguments():
@@ -156,7 +182,7 @@ def parse_arguments():
     group.add_argument('--all', action='store_true', help='all of these')
     group.add_argument('--box', action='store_true', help="Keskar's sharpness, which is also measured if nothing is named")
     group.add_argument('--box-epsilon', type=number(float, 0, above=True), default=1e-3, metavar='E', help='(0.001)')
-    group.add_argument('--box-iterations', type=number(int, 1), default=10, metavar='N', help='of L-BFGS (10)')
+    group.add_argument('--box-iterations', type=number(int, 1), default=10, metavar='N', help='of each search (10)')
     group.add_argument('--manifolds', type=number(int, 1), metavar='N', help='in a random manifold of N dimensions (the whole space)')
     group.add_argument('--times', type=number(int, 1), default=1, metavar='K', help='in K manifolds, their mean and deviation (1)')
     group.add_argument('--ball', action='store_true', help="the worst rise of the loss in AMP's ball")
@@ -173,10 +199,10 @@ def parse_arguments():
     args = parser.parse_args()
     chosen = [name for name in MEASURES if name != 'loss' and (args.all or getattr(args, name))]
     args.measures = ['loss', *(chosen or ['box'])]
-    for name in MEASURES:
-        for option in options(name):
-            if option in args.given and name not in args.measures:
-                parser.error(f'--{option.replace("_", "-")} is used by --{name}, which is not asked for')
+    for name, (_, flags) in MEASURES.items():
+        for flag in flags:
+            if flag in args.given and name not in args.measures:
+                parser.error(f'--{flag.replace("_", "-")} is used by --{name}, which is not asked for')
     if args.times > 1 and not args.manifolds:
         parser.error('--times repeats the draw of a random manifold, so it needs --manifolds; in the whole space there is '
                      'nothing random to repeat')
@@ -186,34 +212,43 @@ def parse_arguments():
 def main():
     args, subjects = parse_arguments()
     trained.check_alike(subjects)
+    torch.backends.cudnn.allow_tf32 = False  # differences of losses need all digits of fp32
     paths = [f'{trained.stem(args, subject.path)}-sharpness.json' for subject in subjects]
-    held = [read(path) for path in paths]
+    for path in paths:
+        read(path)
     batches = trained.images_of(subjects[0], args.mode, args)
     images = {'mode': args.mode, **trained.describe_images(batches)}
     rows = []
     try:
-        for subject, path, entries in zip(subjects, paths, held):
-            landscape, results = trained.landscape(subject, batches), []
-            for name in args.measures:
-                own = {option: getattr(args, option) for option in options(name)}
-                settings = {'checkpoint': trained.description(subject), 'images': images, 'precision': args.precision, 'seed': args.seed, **own}
-                entry = next((one for one in entries if one['measure'] == name and one['settings'] == settings), None)
-                if not entry:
-                    began = time.perf_counter()
-                    result = MEASURES[name](landscape, args.seed, **own)
-                    entry = {'measure': name, 'settings': settings, 'result': result, 'seconds': time.perf_counter() - began,
-                             'environment': environment(subject.device)}
-                    entries.append(entry)
-                    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-                    write_json(path, entries)
-                results += in_words(name, entry['result'])
-                print(f'{trained.label(subject.path)} | {name} {" ".join(in_words(name, entry["result"]))} | {entry["seconds"]:.1f} s', flush=True)
-            rows.append([trained.label(subject.path), *results])
+        for name, subject, path in zip(trained.labels([subject.path for subject in subjects]), subjects, paths):
+            settings = {'checkpoint': trained.description(subject), 'images': images, 'precision': args.precision, 'seed': args.seed}
+            rows.append([name])
+            for measure in args.measures:
+                entry = measured(measure, trained.landscape(subject, batches), path, settings, args)
+                rows[-1] += in_words(measure, entry['result'])
+                print(f'{name} | {measure} {" ".join(in_words(measure, entry["result"]))} | {entry["seconds"]:.1f} s', flush=True)
     except Stopped as stop:
-        stop.sentence = f'Stopped; what was measured is in {" ".join(path for path in paths if os.path.exists(path)) or "no file yet"}'
+        stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
         raise
     print_table(args, images, rows)
     print('\ntables', *paths)
+
+
+def measured(measure, landscape, path, settings, args):
+    """The entry of one measurement in the JSON file at `path`, made and added if it is not there."""
+    entries = read(path)
+    function, flags = MEASURES[measure]
+    own = {flag: getattr(args, flag) for flag in flags}
+    for entry in entries:
+        if entry['measure'] == measure and entry['settings'] == settings | own:
+            return entry
+    began = time.perf_counter()
+    result = function(landscape, args.seed, **own)
+    entry = {'measure': measure, 'settings': settings | own, 'result': result, 'seconds': time.perf_counter() - began,
+             'environment': environment(landscape.weights.device)}
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    write_json(path, [*entries, entry])
+    return entry
 
 
 def read(path):
@@ -238,12 +273,13 @@ def in_words(measure, result):
     if measure == 'eigenvalues':
         return [', '.join(f'{value:.4g}' for value in result['largest'])]
     mean = {'box': 'sharpness', 'ball': 'rise', 'noise': 'rise', 'trace': 'trace'}[measure]
-    return [metrics.plus_minus(result[mean], result.get('deviation', result.get('standard error')), '.4g')]
+    corners = [f'{result["corners"]["sharpness"]:.4g}'] if 'corners' in result else []
+    return [metrics.plus_minus(result[mean], result.get('deviation', result.get('standard error')), '.4g'), *corners]
 
 
 def print_table(args, images, rows):
-    space = f', {args.manifolds} of P dimensions' if args.manifolds else ''
-    heads = {'loss': f'{args.mode} loss | top-1 (%)', 'box': f'box {args.box_epsilon:g}{space} (%)', 'ball': f'ball {args.ball_epsilon:g}',
+    space = f', {args.manifolds} of P dimensions (%)' if args.manifolds else ' (%) | its corners (%)'
+    heads = {'loss': f'{args.mode} loss | top-1 (%)', 'box': f'box {args.box_epsilon:g}{space}', 'ball': f'ball {args.ball_epsilon:g}',
              'noise': f'noise {args.ss:g}', 'eigenvalues': 'largest eigenvalues' if args.eigenvalue_count > 1 else 'largest eigenvalue',
              'trace': 'trace'}
     columns = 1 + sum(heads[name].count('|') + 1 for name in args.measures)

@@ -8,7 +8,7 @@
 Writes a table (CSV) that grows point by point, its settings (JSON), and pictures (PNG, PDF). A scan that was broken off goes on
 with the same command. The checkpoints are never changed.
 
-The line is figure 2 of Keskar et al. (ICLR 2017, arXiv 1609.04836); --path sin runs through the same weights at the pace
+The line is figure 3 of Keskar et al. (ICLR 2017, arXiv 1609.04836); --path sin runs through the same weights at the pace
 of the SmoothOut code, alpha -> (1 + sin(pi alpha - pi / 2)) / 2. Directions and surface are those of Li et al. (NeurIPS 2018,
 arXiv 1712.09913), section 4: normal noise, each filter of it as long as that of the network.
 """
@@ -18,9 +18,11 @@ import functools
 import math
 import os
 
+import numpy as np
 import torch
 
 import cifar
+import smoothout
 from utils import data, metrics, trained
 from utils.arguments import Parser, number
 from utils.bar import ProgressLine
@@ -59,7 +61,7 @@ def parse_arguments():
     group.add_argument('--path', choices=('linear', 'sin'), default='linear', help='of two checkpoints (linear)')
     group.add_argument('--directions', type=number(int, 1), default=1, metavar='N', help='random ones, drawn as mean and band (1)')
     group.add_argument('--surface', action='store_true', help='over the plane of two random directions')
-    group.add_argument('--compare', action='store_true', help='several checkpoints, each along the same random directions')
+    group.add_argument('--compare', action='store_true', help='several checkpoints, each along random directions of the same seed')
     group.add_argument('--perturb-batch-norm', action='store_true', help='random directions move the BatchNorm parameters too')
     group.add_argument('--update-bn', action='store_true', help='estimate BatchNorm statistics anew at each point, over the '
                        'training images; otherwise they are those of the checkpoint, or in between those of two')
@@ -77,9 +79,14 @@ def parse_arguments():
                               ('perturb_batch_norm', ['directions', 'surface'], 'random directions')):
         if flag in args.given and args.kind not in kinds:
             parser.error(f'--{flag.replace("_", "-")} is for {what}, which are not drawn here')
+    if args.surface and args.alpha and len(args.alpha) < 2:
+        parser.error('--surface needs at least two values of --alpha')
     args.mode = list(dict.fromkeys(args.mode))
     args.alpha = args.alpha or alphas(ALPHA[args.kind])
-    return args, [trained.open_checkpoint(path, args, parser) for path in files]
+    subjects = [trained.open_checkpoint(path, args, parser) for path in files]
+    if args.update_bn and not any(smoothout.batch_norm_parameters(subject.model) for subject in subjects):
+        parser.error('--update-bn is not used by networks without BatchNorm')
+    return args, subjects
 
 
 def main():
@@ -90,13 +97,17 @@ def main():
     images = {part: trained.images_of(subjects[0], part, args) for part in args.mode}
     if args.update_bn:
         args.training_images = images.get('train') or trained.images_of(subjects[0], 'train', args)
+        if len(args.training_images.labels) < 2:
+            raise UserError('--update-bn needs at least two training images')
     groups = [subjects] if args.kind == 'line' else [[subject] for subject in subjects]
-    scans = {' to '.join(trained.label(subject.path) for subject in group): scan(args, group, images) for group in groups}
-    stem = next(iter(scans.values())).path.removesuffix('.csv')
+    names = trained.labels([subject.path for subject in subjects])
+    names = [' to '.join(names)] if args.kind == 'line' else names
+    tables = [scan(args, group, images, name) for group, name in zip(groups, names)]
+    stem = tables[0].path.removesuffix('.csv')
     if args.compare:
         stem = os.path.join(os.path.dirname(stem), 'compare-directions' + '-update-bn' * args.update_bn)
-    (draw_surface if args.surface else draw_curves)(args, scans, f'{stem}.png', f'{stem}.pdf')
-    print('tables  ', *(one.path for one in scans.values()))
+    (draw_surface if args.surface else draw_curves)(args, dict(zip(names, tables)), f'{stem}.png', f'{stem}.pdf')
+    print('tables  ', *(table.path for table in tables))
     print('pictures', f'{stem}.png', f'{stem}.pdf')
 
 
@@ -110,12 +121,12 @@ def check_line(first, second):
                         '--compare draws them in one figure')
 
 
-def scan(args, group, images):
+def scan(args, group, images, title):
     """Measure what is missing in the table of one checkpoint, or of the line between two; returns the table."""
     landscapes = [trained.landscape(group[0], batches) for batches in images.values()]
     if args.kind == 'line':
         place = functools.partial(on_line, landscapes[0], trained.landscape(group[1], landscapes[0].batches), args.path)
-        kind, name = {'path': args.path}, f'to-{trained.label(group[1].path).replace("/", "-")}-{args.path}'
+        kind, name = {'path': args.path}, f'to-{trained.labels([group[1].path])[0].replace("/", "-")}-{args.path}'
     else:
         place = around(landscapes[0], args)
         kind, name = {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}, args.kind
@@ -126,7 +137,7 @@ def scan(args, group, images):
     table = Scan(stem, settings, AXES[args.kind] + quantities, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]
     try:
-        with ProgressLine(trained.label(group[0].path), len(missing), unit='point') as bar:
+        with ProgressLine(title, len(missing), unit='point') as bar:
             for point in missing:
                 weights, buffers = place(*point)
                 if args.update_bn:
@@ -172,7 +183,7 @@ def around(landscape, args):
 
 def draw_curves(args, scans, *pictures):
     """Loss, on a logarithmic scale, and accuracy over alpha; of several directions the mean and a band of one deviation."""
-    from matplotlib.figure import Figure  # a second of import time
+    from matplotlib.figure import Figure  # a second of import time that a mistake in the flags should not pay
 
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     for axes, quantity in zip(figure.subplots(1, 2), ('loss', 'top-1')):
@@ -180,14 +191,15 @@ def draw_curves(args, scans, *pictures):
             for part, style in zip(args.mode, ('-', '--', ':')):
                 curves = [column(table, args, f'{part} {quantity}', index) for index in range(args.directions)]
                 means, deviations = zip(*(metrics.spread(values) for values in zip(*curves)))
-                axes.plot(args.alpha, means, style, color=f'C{color}', label=f'{label} {part}'.strip())
+                axes.plot(args.alpha, np.array(means), style, color=f'C{color}', label=f'{label} {part}'.strip())
                 if len(curves) > 1:
                     low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
                     if quantity == 'loss':  # on a logarithmic scale a band that reaches 0 has no end
                         low = [max(value, min(one)) for value, one in zip(low, zip(*curves))]
                     axes.fill_between(args.alpha, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
         axes.set(xlabel='alpha', ylabel='loss' if quantity == 'loss' else 'top-1 accuracy (%)')
-        axes.set_yscale('log' if quantity == 'loss' else 'linear')
+        if quantity == 'loss' and any((line.get_ydata() > 0).any() for line in axes.lines):  # without a number there is no scale
+            axes.set_yscale('log')
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small')
     save_figure(figure, *pictures)
@@ -202,22 +214,23 @@ def column(table, args, name, index=0):
 def draw_surface(args, scans, *pictures):
     """The loss over the plane, as contours and in three dimensions, on a logarithmic scale."""
     from matplotlib.figure import Figure
-    import numpy as np
 
     (label, table), = scans.items()
     figure, number = Figure(figsize=(11, 4.8 * len(args.mode)), layout='constrained'), len(args.alpha)
     for row, part in enumerate(args.mode):
-        height = np.log10(np.array(column(table, args, f'{part} loss')).reshape(number, number).T)  # beta down, alpha across
+        losses = np.array(column(table, args, f'{part} loss')).reshape(number, number).T  # beta down, alpha across
+        height = np.log10(losses.clip(min=1e-10))
         flat = figure.add_subplot(len(args.mode), 2, 2 * row + 1)
-        filled = flat.contourf(args.alpha, args.alpha, height, levels=30, cmap='viridis')
-        flat.contour(args.alpha, args.alpha, height, levels=filled.levels[::3], colors='white', linewidths=0.5)
         flat.plot(0, 0, 'r+')
         flat.set(xlabel='alpha', ylabel='beta', title=f'{label} {part}', aspect='equal')
-        figure.colorbar(filled, ax=flat, label='log10 of the loss')
         solid = figure.add_subplot(len(args.mode), 2, 2 * row + 2, projection='3d')
-        solid.plot_surface(*np.meshgrid(args.alpha, args.alpha), height, cmap='viridis', linewidth=0)
         solid.set(xlabel='alpha', ylabel='beta')
         solid.locator_params(nbins=5)
+        if np.nanmax(height, initial=-np.inf) > np.nanmin(height, initial=np.inf):  # otherwise there is nothing to see
+            filled = flat.contourf(args.alpha, args.alpha, height, levels=30, cmap='viridis')
+            flat.contour(args.alpha, args.alpha, height, levels=filled.levels[::3], colors='white', linewidths=0.5)
+            figure.colorbar(filled, ax=flat, label='log10 of the loss')
+            solid.plot_surface(*np.meshgrid(args.alpha, args.alpha), height, cmap='viridis', linewidth=0)
     save_figure(figure, *pictures)
 
 

@@ -1,4 +1,5 @@
 """What the documents tell people to type works."""
+import importlib
 import pathlib
 import re
 import shlex
@@ -9,7 +10,7 @@ import types
 import pytest
 
 import cifar
-from utils import methods
+from utils import methods, trained
 from utils.logger import read_log
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,7 +25,20 @@ def test_every_command_is_understood(command, monkeypatch):
     cifar.parse_arguments()
 
 
+LAB = re.findall(r'^ +python ((?:evaluate|visualize_sharpness|measure_sharpness)\.py [^\n#]*?)(?:\s{2,}.*)?$',
+                 TEXT.replace('\\\n', ' '), re.MULTILINE)
+
+
+@pytest.mark.parametrize('command', LAB)
+def test_every_command_that_looks_at_checkpoints_is_understood(command, monkeypatch):
+    script, *flags = shlex.split(command)
+    monkeypatch.setattr(trained, 'open_checkpoint', lambda path, args, parser: path)
+    monkeypatch.setattr(sys, 'argv', [script, *flags])
+    importlib.import_module(script.removesuffix('.py')).parse_arguments()
+
+
 def test_the_commands_were_found():
+    assert len(LAB) >= 7
     assert len(COMMANDS) > 20 and any('--method dma' in command for command in COMMANDS)
 
 

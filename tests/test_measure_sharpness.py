@@ -1,5 +1,6 @@
 """The measures of sharpness: against closed forms, the dense Hessian and recorded values; then the script."""
 import json
+import math
 import shutil
 import signal
 
@@ -97,6 +98,41 @@ def test_the_widely_copied_sign_error_finds_nothing_on_the_same_quadratic():
     before, right = quadratic.at(quadratic.weights).item(), sharp.box_sharpness(quadratic)
     assert best <= before + 1e-12 and right['worst loss'] > before + 1e-3
     assert right['sharpness'] == pytest.approx(box_by_loop(quadratic, 1e-3), rel=1e-9)
+
+
+@pytest.mark.parametrize('size', [5, 200])
+def test_corners_find_what_ten_iterations_of_the_search_do_not(size):
+    random = np.random.default_rng(0)
+    w, a = random.standard_normal(size), random.uniform(0.1, 2, size)
+    quadratic = Quadratic(w, -a * w + random.choice([-1, 1], size) * random.uniform(0.5, 2, size), np.diag(a), c=300)
+    found, expected = sharp.box(quadratic, 0, 0.01, 10, None, 1), box_by_loop(quadratic, 0.01)
+    assert found['corners']['sharpness'] == pytest.approx(expected, rel=1e-9) and len(found['corners']['each step']) == 10
+    assert found['sharpness'] <= expected * (1 + 1e-9) and (found['sharpness'] > 0.999 * expected or size == 200)
+
+
+def test_a_maximum_is_at_least_the_rise_of_not_moving():
+    inside = Quadratic([1.0, 2.0], [0.0, 0.0], -np.eye(2))  # w at a slope of a maximum at 0: every step overshoots
+    found = sharp.ball(inside, 0, 50.0, 3)
+    assert max(found['each step']) < 0 == found['rise'] and math.isnan(sharp.highest([1.0, math.nan]))
+
+
+@pytest.mark.parametrize('slope', [1e-23, 1e-40])
+def test_small_slopes_do_not_leave_the_ball(slope):
+    landscape = landscape_of('slave')
+    landscape.weights = landscape.weights.float()
+    points = []
+    landscape.loss_and_gradient = lambda w: (None, torch.full_like(w, slope))
+    landscape.measure = lambda w=None: points.append(w) or {'Loss': 1.0}
+    sharp.ball(landscape, 0, 0.5, 1)
+    for piece in landscape.tensors(points[1] - landscape.weights).values():
+        assert piece.norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_cannot_be_measured_is_one_sentence():
+    with pytest.raises(UserError, match='--manifolds must be at most the number of parameters, 51, was given 60'):
+        sharp.box(landscape_of('slave'), 0, 1e-3, 10, 60, 1)
+    with pytest.raises(UserError, match='the eigenvalues were not found after .* try a larger --eigenvalue-tolerance'):
+        sharp.eigenvalues(Quadratic(np.zeros(30), np.zeros(30), np.full((30, 30), math.nan)), 0, 1, 1e-3)
 
 
 def test_a_manifold_of_one_dimension_in_closed_form():
@@ -247,15 +283,11 @@ def test_what_is_broken_off_keeps_what_was_measured(runs, monkeypatch, tmp_path)
     def stopped(*args, **options):
         raise Stopped(signal.SIGINT)
 
-    monkeypatch.setitem(sharp.MEASURES, 'trace', stopped)
-    monkeypatch.setattr(sharp, 'options', lambda measure: ['probes'] if measure == 'trace' else OPTIONS(measure))
+    monkeypatch.setitem(sharp.MEASURES, 'trace', (stopped, ('probes',)))
     with pytest.raises(Stopped) as stop:
         call(monkeypatch, sharp, f'{runs}/plain/checkpoint.pth.tar --noise --trace --images 20 --draws 1 -o {tmp_path}')
     path = tmp_path / 'plain-checkpoint-sharpness.json'
-    assert [entry['measure'] for entry in json.loads(path.read_text())] == ['loss', 'noise'] and str(path) in stop.value.sentence
-
-
-OPTIONS = sharp.options
+    assert [entry['measure'] for entry in json.loads(path.read_text())] == ['loss', 'noise'] and 'goes on' in stop.value.sentence
 
 
 def test_float64_and_as_augmented_as_in_training(runs, monkeypatch, tmp_path):
@@ -271,12 +303,16 @@ def test_float64_and_as_augmented_as_in_training(runs, monkeypatch, tmp_path):
 @pytest.mark.parametrize('flags, sentence', [
     ('', 'a checkpoint is required: FILE'),
     ('{}/plain/checkpoint.pth.tar nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'),
+    ('{}/plain/checkpoint.pth.tar {}/plain/../plain/checkpoint.pth.tar', 'a checkpoint is named twice'),
+    ('{}/plain/checkpoint.pth.tar {}/copy/plain/checkpoint.pth.tar -o there', 'would have the same names in --out there'),
+    ('{}/plain/checkpoint.pth.tar -j 3', '--workers is for --dataset folder'),
     ('{}/plain/checkpoint.pth.tar --times 3', '--times repeats the draw of a random manifold'),
     ('{}/plain/checkpoint.pth.tar --draws 3', '--draws is used by --noise, which is not asked for'),
     ('{}/plain/checkpoint.pth.tar --trace --box-epsilon 0.1', '--box-epsilon is used by --box, which is not asked for'),
     ('{}/plain/checkpoint.pth.tar --ball --ball-epsilon 0', 'must be a number above 0'),
     ('{}/plain/checkpoint.pth.tar --noise --ss -1', 'must be a number of at least 0'),
     ('{}/plain/checkpoint.pth.tar --mode val', '--mode val needs a run with --val-split'),
+    ('{}/plain/checkpoint.pth.tar -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not a folder'),
     ('{}/plain/checkpoint.pth.tar --arch vgg16', 'holds the architecture resnet, but --arch vgg16 was given'),
     ('{}/plain/checkpoint.pth.tar -o {out}', 'is not what this script writes'),
 ])
@@ -284,7 +320,7 @@ def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs
     (tmp_path / 'plain-checkpoint-sharpness.json').write_text('{"a": 1}')
     monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises((SystemExit, UserError)) as error:
-        call(monkeypatch, sharp, flags.format(runs, out=tmp_path))
+        call(monkeypatch, sharp, flags.replace('{}', str(runs)).format(out=tmp_path))
     printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
     assert sentence in printed and printed.strip().count('\n') == 0
     assert error.type is UserError or error.value.code == 2

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -97,6 +98,13 @@ def test_a_single_class_is_always_right():
     assert values == {'balanced accuracy': 100, 'calibration error': 0, 'class accuracy': [100]} and matrix.tolist() == [[5]]
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('values, expected', [([1.5], (1.5, None)), ([1, 3], (2, 2 ** 0.5)), ([math.inf, 1.0], (math.inf, math.nan)),
+                                              ([math.nan, 1], (math.nan, math.nan)), ([math.inf, math.inf], (math.inf, math.nan))])
+def test_spread(values, expected):
+    np.testing.assert_equal(metrics.spread(values), expected)
+
+
 def test_balanced_accuracy_counts_every_class_the_same():
     targets = np.array([0] * 98 + [1] * 2)
     probabilities = np.tile(np.array([[0.9, 0.1]], dtype=np.float32), (100, 1))  # always the frequent class
@@ -153,6 +161,8 @@ def test_in_words_all_of_a_few_classes_and_the_worst_of_many():
     assert first == 'balanced accuracy 50.00% | calibration error 12.35% | accuracy by class:'
     assert [line.split() for line in lines] == [['emu', '25.00%', 'cat', '75.00%']]
     values['class accuracy'] = [float(99 - c) for c in range(100)]
+    first, *lines = metrics.in_words([f'class{c}' for c in range(100)], values, at_most=100).splitlines()
+    assert 'worst' not in first and len(lines) == 20
     first, *lines = metrics.in_words([f'class{c}' for c in range(100)], values).splitlines()
     assert 'the 20 worst of 100' in first and len(lines) == 4
     assert re.findall(r'class(\d+) (\S+)%', '\n'.join(lines)) == [(str(99 - i), f'{i}.00') for i in range(20)]
@@ -272,7 +282,7 @@ def test_older_spellings_of_evaluate(runs, evaluated, tmp_path):
     assert old['printed'] == new['printed'] and len(old['batches']) == 9
 
 
-@pytest.mark.parametrize('flags', ['', '--noise-type normal', '--adapt-type filter', '--adapt-type weight --perturb-batch-norm'])
+@pytest.mark.parametrize('flags', ['', '--noise-type normal', '--adapt-type filter', '--adapt-type weight'])
 def test_under_noise_mean_and_deviation_over_draws(flags, runs, monkeypatch, capsys, tmp_path):
     losses, tops, clean, measure = [], [], [], Landscape.measure
 
@@ -327,8 +337,8 @@ def test_an_attack_on_images_that_the_model_transforms_is_refused(runs, monkeypa
 def test_the_confusion_matrix_goes_where_it_is_told(runs, evaluated, monkeypatch, tmp_path):
     before = contents(runs / 'plain')
     seen = evaluated(f'{runs}/plain/checkpoint.pth.tar -o {tmp_path}/new/folder')
-    assert sorted(os.listdir(tmp_path / 'new/folder')) == ['checkpoint-test-confusion.csv', 'checkpoint-test-confusion.png']
-    assert contents(runs / 'plain') == before and f'{tmp_path}/new/folder/checkpoint-test-confusion.png' in seen['printed']
+    assert sorted(os.listdir(tmp_path / 'new/folder')) == ['plain-checkpoint-test-confusion.csv', 'plain-checkpoint-test-confusion.png']
+    assert contents(runs / 'plain') == before and f'{tmp_path}/new/folder/plain-checkpoint-test-confusion.png' in seen['printed']
     shutil.copy(runs / 'plain/checkpoint.pth.tar', tmp_path)
     monkeypatch.chdir(tmp_path)
     evaluated('checkpoint.pth.tar --mode train')
@@ -356,10 +366,12 @@ def test_flags_stand_in_for_those_of_the_run(runs, evaluated, monkeypatch, tmp_p
     ('{}/plain/checkpoint.pth.tar --lr 0.1', 'unrecognized arguments: --lr 0.1'),
     ('{}/plain/checkpoint.pth.tar --test-batch 0', 'of at least 1'),
     ('{}/plain/checkpoint.pth.tar {}/plain/checkpoint.pth.tar', 'at most 1 checkpoint can be looked at here, and 2 were given'),
+    ('{}/plain/checkpoint.pth.tar -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not a folder'),
     ('{}/plain/checkpoint.pth.tar --model resnet', 'holds the architecture lenet, but --arch resnet was given'),
     ('{}/plain/checkpoint.pth.tar --no-augment', '--no-augment changes nothing about --mode test'),
     ('{}/plain/checkpoint.pth.tar --draws 3', '--draws is not used without --ss'),
     ('{}/plain/checkpoint.pth.tar --adapt-type filter', '--adapt-type is not used without --ss'),
+    ('{}/plain/checkpoint.pth.tar --ss 0.1 --perturb-batch-norm', '--perturb-batch-norm is not used by'),
     ('{}/plain/checkpoint.pth.tar --ss -0.1', 'must be a number of at least 0, was given -0.1'),
     ('{}/plain/checkpoint.pth.tar --attack-eps 8/255', '--attack-eps is not used without --attack'),
     ('{}/plain/checkpoint.pth.tar --attack fgsm --attack-steps 3', '--attack-steps belongs to --attack pgd'),

@@ -138,6 +138,14 @@ def test_the_bar_does_not_read_the_meter_at_every_batch():
         assert not any(bar.advance(Unreadable()) for _ in range(100))
 
 
+def test_a_percent_sign_in_title_or_meter_is_shown_as_it_is():
+    file = Terminal()
+    with ProgressLine('50% of it', 2, unit='draw', file=file) as bar:
+        bar.interval = 0
+        assert bar.advance('top-1 12.5% so far %(index)d')
+    assert '50% of it' in file.getvalue() and '1/2 | draw 0.0' in file.getvalue() and 'top-1 12.5% so far %(index)d' in file.getvalue()
+
+
 # Log
 
 def test_log_is_appended_after_resuming_without_a_second_header(tmp_path):

@@ -3,6 +3,7 @@ import csv
 import functools
 import json
 import math
+import shutil
 import signal
 
 import matplotlib.figure  # noqa: F401
@@ -20,7 +21,8 @@ from utils.scan import Scan
 
 GOLDEN, landscape_of = sharpness_golden()
 NET = '-a resnet --depth 8'
-runs = toy_runs(first=NET, second=f'{NET} --manualSeed 3 --method dma', conditioned=f'{NET} --val-split 0.25', other='-a lenet')
+runs = toy_runs(first=NET, second=f'{NET} --manualSeed 3 --method dma', conditioned=f'{NET} --val-split 0.25', other='-a lenet',
+                margin='-a lenet --method lsoftmax', margin2='-a lenet --method lsoftmax --manualSeed 3')
 FEW = '--images 20 -b 10'
 
 
@@ -151,7 +153,7 @@ def test_other_settings_are_refused_and_overwrite_begins_anew(runs, monkeypatch,
     command = f'{file(runs, "first")} --alpha=0:1:1 --mode test -o {tmp_path}'
     call(monkeypatch, visual, f'{command} {FEW}')
     before = contents(tmp_path)
-    for flags, name in ((f'{FEW} --manualSeed 1', 'seed: 0, and 1'), ('--images 10', 'images: '), (f'{FEW} --perturb-batch-norm', 'perturb_batch_norm')):
+    for flags, name in ((f'{FEW} --manualSeed 1', 'seed: 0, and 1'), ('--images 10', 'images test: ."number": 20'), (f'{FEW} --perturb-batch-norm', 'perturb_batch_norm')):
         with pytest.raises(UserError, match=f'made with other settings .{name}.*use --overwrite, or another --out'):
             call(monkeypatch, visual, f'{command} {flags}')
         assert contents(tmp_path) == before
@@ -190,21 +192,53 @@ def test_several_checkpoints_in_one_figure(runs, monkeypatch, tmp_path):
     assert all(len(values) == 6 and values[1] == values[4] for values in losses.values()) and len({values[1] for values in losses.values()}) == 3
 
 
-def test_estimated_statistics_change_the_curve_of_a_network_with_batch_norm_only(runs, monkeypatch, tmp_path):
-    for name, differs in (('first', True), ('other', False)):
-        losses = []
-        for flags in ('', '--update-bn'):
-            call(monkeypatch, visual, f'{file(runs, name)} --alpha=0:1:0 --mode test {FEW} {flags} -o {tmp_path}')
-            losses.append(table(tmp_path / f'{name}-checkpoint-directions{"-update-bn" if flags else ""}.csv')[1][0][2])
-        assert (losses[0] != losses[1]) == differs
+def test_statistics_are_estimated_on_the_training_images(runs, monkeypatch, tmp_path):
+    losses = []
+    for number, flags in enumerate(('', '--update-bn', '--update-bn --no-augment')):
+        call(monkeypatch, visual, f'{file(runs, "first")} --alpha=0:1:0 --mode test --images 21 -b 20 {flags} -o {tmp_path}/{number}')
+        losses.append(table(tmp_path / str(number) / f'first-checkpoint-directions{"-update-bn" if flags else ""}.csv')[1][0][2])
+    assert len(set(losses)) == 3
+    with pytest.raises(UserError, match='--update-bn needs at least two training images'):
+        call(monkeypatch, visual, f'{file(runs, "first")} --update-bn --images 1 -o {tmp_path}/one')
 
 
-def test_infinite_losses_are_drawn_as_gaps(runs, monkeypatch, tmp_path):
-    measure, values = Landscape.measure, iter([math.inf, 1.0, math.nan] * 3)
+@pytest.mark.filterwarnings('error:.*contour')
+@pytest.mark.parametrize('losses', [[math.inf, 1.0, math.nan, 0.0], [math.inf], [1.0]])
+@pytest.mark.parametrize('kind', ['--directions 2', '--surface'])
+def test_losses_without_end_are_drawn_as_gaps(losses, kind, runs, monkeypatch, tmp_path):
+    measure, values = Landscape.measure, iter(losses * 9)
     monkeypatch.setattr(Landscape, 'measure', lambda *args: {**measure(*args), 'Loss': next(values)})
-    call(monkeypatch, visual, f'{file(runs, "first")} --alpha=-1:1:1 --mode test {FEW} -o {tmp_path}')
-    assert is_picture(tmp_path / 'first-checkpoint-directions.png')
-    call(monkeypatch, visual, f'{file(runs, "first")} --alpha=-1:1:1 --mode test {FEW} -o {tmp_path}')  # read back from the table
+    command = f'{file(runs, "first")} --alpha=-1:1:1 {kind} --mode test --images 2 -o {tmp_path}'
+    call(monkeypatch, visual, command)
+    assert is_picture(tmp_path / f'first-checkpoint-{"surface" if "surface" in kind else "directions"}.png')
+    call(monkeypatch, visual, command)  # all of it read back from the table
+
+
+def test_checkpoints_in_folders_of_one_name_are_told_apart(runs, monkeypatch, capsys, tmp_path):
+    for name in ('a', 'b'):
+        shutil.copytree(runs / ('first' if name == 'a' else 'second'), tmp_path / name / 'run')
+    paths = [f'{tmp_path}/{name}/run/checkpoint.pth.tar' for name in 'ab']
+    assert trained.labels(paths) == ['a/run/checkpoint', 'b/run/checkpoint'] and trained.labels(paths[:1]) == ['run/checkpoint']
+    assert trained.labels(['x/lr0.1.pth.tar', 'x/lr0.2.pt']) == ['x/lr0.1', 'x/lr0.2']
+    shown = []
+    monkeypatch.setattr(matplotlib.figure.Figure, 'legend', lambda figure, lines, names, **options: shown.extend(names))
+    call(monkeypatch, visual, f'{" ".join(paths)} --compare --alpha=0:1:0 --images 2 --mode test')
+    assert shown == ['a/run/checkpoint test', 'b/run/checkpoint test']
+    assert all((tmp_path / name / 'run/checkpoint-directions.csv').exists() for name in 'ab')
+
+
+def test_flags_may_stand_between_the_checkpoints(runs, monkeypatch):
+    monkeypatch.setattr(trained, 'open_checkpoint', lambda path, args, parser: path)
+    monkeypatch.setattr('sys.argv', ['visualize_sharpness.py', 'first', '--alpha', '-1:1:1', 'second', '--images', '3'])
+    assert visual.parse_arguments()[1] == ['first', 'second']
+
+
+def test_a_line_between_two_runs_of_large_margin_softmax(runs, monkeypatch, tmp_path):
+    args, subjects = opened(runs, 'margin', 'margin2')
+    assert subjects[0].model.head.beta != 100 and subjects[0].model.head.beta == subjects[1].model.head.beta
+    call(monkeypatch, visual, f'{file(runs, "margin")} {file(runs, "margin2")} --alpha=0:0.5:1 {FEW} --precision fp64 -o {tmp_path}')
+    rows = table(tmp_path / 'margin-checkpoint-to-margin2-checkpoint-linear.csv')[1]
+    assert len(rows) == 3 and all(math.isfinite(value) for row in rows for value in row)
 
 
 @pytest.mark.parametrize('flags, sentence', [
@@ -216,8 +250,12 @@ def test_infinite_losses_are_drawn_as_gaps(runs, monkeypatch, tmp_path):
     ('{first} --path sin', '--path is for two checkpoints'), ('{first} {second} --directions 2', '--directions is for random directions'),
     ('{first} {second} --perturb-batch-norm', '--perturb-batch-norm is for random directions'),
     ('{first} {second} --surface', '--surface is around one checkpoint, and 2 were given'), ('{first} --compare', 'at least two checkpoints'),
+    ('{first} --surface --alpha=0:1:0', '--surface needs at least two values of --alpha'), ('{first} {first}', 'a checkpoint is named twice'),
+    ('{other} --update-bn', '--update-bn is not used by networks without BatchNorm'),
+    ('{other} --perturb-batch-norm', '--perturb-batch-norm is not used by'),
     ('{first} --surface --directions 3', '--directions is for random directions around a checkpoint'),
     ('{first} --mode val', '--mode val needs a run with --val-split'), ('{first} --mode test --no-augment', '--no-augment changes nothing'),
+    ('{first} -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not a folder'),
     ('{first} --model vgg16', 'holds the architecture resnet, but --arch vgg16 was given'), ('{first} --data elsewhere', '--data is not used by'),
 ])
 def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs, monkeypatch, tmp_path, capsys):
@@ -250,6 +288,10 @@ def test_a_table_of_something_else_is_refused(tmp_path, text):
     (tmp_path / 'a.json').write_text('[')
     with pytest.raises(UserError, match='a.json is not what this script writes'):
         Scan(f'{tmp_path}/a', {}, ['alpha', 'p'], 1)
+    (tmp_path / 'a.json').unlink()
+    with pytest.raises(UserError, match='a.csv is there without .*a.json'):
+        Scan(f'{tmp_path}/a', {}, ['alpha', 'p'], 1)
+    assert (tmp_path / 'a.csv').read_text() == text
     assert Scan(f'{tmp_path}/a', {}, ['alpha', 'p'], 1, overwrite=True).rows == {}
 
 

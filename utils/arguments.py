@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         words = self._canonical(sys.argv[1:] if args is None else args)
         declared = {action.dest: action.default for action in self._actions if action.default is not argparse.SUPPRESS}
         unset = object()
-        read = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
+        read = vars(super().parse_intermixed_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
         given = {name: value for name, value in read.items() if value is not unset}
         inherited = {name: value for name, value in (defaults or {}).items() if name in declared}
         for action in self._actions:

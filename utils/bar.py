@@ -14,7 +14,7 @@ class ProgressLine(Bar):
     width = 20
 
     def __init__(self, title, total, unit='batch', file=sys.stderr):
-        super().__init__(title, max=total, file=file)
+        super().__init__(title.replace('%', '%%'), max=total, file=file)
         self.unit = unit
         self.interval, self.read = (0.5 if self.is_tty() else 5.0), time.perf_counter()
         self.began, self.done, self.data_seconds = self.read, 0, 0.0
@@ -29,7 +29,7 @@ class ProgressLine(Bar):
         self.read = now
         data = '' if data_seconds is None else f'data {self.data_seconds / self.done:.3f}s | '
         self.suffix = (f'%(index)d/%(max)d | {data}{self.unit} {(now - self.began) / self.done:.3f}s '
-                       f'| ETA %(eta_td)s | {meter}')
+                       f'| ETA %(eta_td)s | {str(meter).replace("%", "%%")}')
         self.goto(self.done)
         return True
 

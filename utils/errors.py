@@ -12,7 +12,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, signum):
         super().__init__()
-        self.signum, self.sentence = signum, 'Stopped before training began.'
+        self.signum, self.sentence = signum, 'Stopped before there was a result.'
 
 
 def _stop(signum, frame):

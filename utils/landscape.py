@@ -96,7 +96,7 @@ class Landscape:
     def estimated_buffers(self, batches, weights=None):
         """The buffers with BatchNorm's statistics estimated anew for `weights`: over `batches`, each counting by its images.
 
-        All else, such as dropout, stays as in evaluation.
+        All else, such as dropout, stays as in evaluation. A batch of one image, which has no variance, does not count.
         """
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         layers = [module for module in self.model.modules()
@@ -104,6 +104,8 @@ class Landscape:
         momenta, seen, tensors = [layer.momentum for layer in layers], 0, self.at(weights, buffers)
         try:
             for inputs, targets in batches if layers else ():
+                if len(targets) == 1:
+                    continue
                 seen += len(targets)
                 for layer in layers:
                     layer.training, layer.momentum = True, len(targets) / seen

@@ -54,19 +54,23 @@ def calibration_error(probabilities, targets, bins=15):
     return np.abs(np.bincount(place, correct - confidence, bins)).sum().item() / len(targets)
 
 
-def in_words(classes, values):
-    """What `of_classes` gave as lines of text; of more than 20 classes only the 20 worst."""
+def in_words(classes, values, at_most=20):
+    """What `of_classes` gave as lines of text; of more than `at_most` classes only the worst."""
     ordered = sorted((share, name) for share, name in zip(values['class accuracy'], classes) if share is not None)
-    words = [f'{name} {share:.2f}%' for share, name in ordered[:20]]
+    words = [f'{name} {share:.2f}%' for share, name in ordered[:at_most]]
     width = max(map(len, words)) + 2
     lines = [''.join(word.ljust(width) for word in words[i:i + 5]).rstrip() for i in range(0, len(words), 5)]
     return '\n'.join([f'balanced accuracy {values["balanced accuracy"]:.2f}% | calibration error {values["calibration error"]:.2f}% | '
-                      f'accuracy by class{", the 20 worst of " + str(len(classes)) if len(ordered) > 20 else ""}:', *lines])
+                      f'accuracy by class{f", the {at_most} worst of {len(classes)}" if len(ordered) > at_most else ""}:', *lines])
 
 
 def spread(values):
-    """(mean, standard deviation or None of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    """(mean, standard deviation or None of a single value); where a value is infinite the deviation is NaN."""
+    if len(values) == 1:
+        return values[0], None
+    if not np.isfinite(values).all():
+        return float(np.mean(values)), np.nan
+    return statistics.fmean(values), statistics.stdev(values)
 
 
 def plus_minus(mean, deviation, form):

@@ -16,11 +16,13 @@ class Scan:
 
     def __init__(self, stem, settings, columns, axes, overwrite=False):
         self.path, self.columns, self.axes, self.rows = f'{stem}.csv', columns, axes, {}
-        if overwrite or not os.path.exists(f'{stem}.json'):
+        if os.path.exists(self.path) and not os.path.exists(f'{stem}.json') and not overwrite:
+            raise UserError(f'{self.path} is there without {stem}.json, which says how it was measured; use --overwrite, or move it away')
+        if overwrite or not os.path.exists(f'{stem}.json') or not os.path.exists(self.path):
             os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
+            write_json(f'{stem}.json', settings)
             with replacing(self.path) as temporary, open(temporary, 'w', newline='') as file:
                 csv.writer(file).writerow(columns)
-            write_json(f'{stem}.json', settings)
         check_settings(f'{stem}.json', settings)
         try:
             with open(self.path, newline='') as file:
@@ -61,10 +63,9 @@ def check_settings(path, settings):
         raise UserError(f'{path} is not what this script writes; use --overwrite, or move it away') from error
     for name, value in settings.items():
         if held[name] != value:
-            raise UserError(f'{path} and what lies beside it were made with other settings ({name}: {short(held[name])}, and '
-                            f'{short(value)} was asked for); use --overwrite, or another --out')
-
-
-def short(value):
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'
+            before, now = held[name], value
+            if isinstance(before, dict) and isinstance(now, dict):  # the first entry that differs says enough
+                part = next(part for part in {**before, **now} if before.get(part) != now.get(part))
+                name, before, now = f'{name} {part}', before.get(part), now.get(part)
+            raise UserError(f'{path} and what lies beside it were made with other settings ({name}: {json.dumps(before)}, and '
+                            f'{json.dumps(now)} was asked for); use --overwrite, or another --out')

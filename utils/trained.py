@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 import cifar
+import smoothout
 from models import cifar as models
 from utils import checkpoint, conditions, data, device as devices, methods
 from utils.arguments import number
@@ -55,12 +56,17 @@ def files_of(args, parser, at_most=None):
         parser.error('a checkpoint is required: FILE')
     if at_most and len(named) > at_most:
         parser.error(f'at most {at_most} checkpoint{"s" * (at_most > 1)} can be looked at here, and {len(named)} were given')
+    if len({os.path.realpath(path) for path in named}) < len(named):
+        parser.error(f'a checkpoint is named twice in {" ".join(named)}')
+    if len({stem(args, path) for path in named}) < len(named):
+        parser.error(f'the results of {" and ".join(named)} would have the same names in --out {args.out}; leave --out away')
     return named
 
 
 def open_checkpoint(path, args, parser):
-    """`args` are the flags that `add_arguments` made. The model of another architecture than --arch ends the script."""
+    """A `Trained`; `args` are the flags of `add_arguments`. Whatever of these does not fit the checkpoint ends the script."""
     state = checkpoint.read(path)
+    check_folder(os.path.dirname(stem(args, path)))
     asked = cifar.make_parser().parse_args([], defaults=state['args'])
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
         if getattr(args, name) is not None:
@@ -70,6 +76,7 @@ def open_checkpoint(path, args, parser):
     if 'data' in args.given and asked.dataset == 'digits':
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     modes = [args.mode] if isinstance(args.mode, str) else args.mode
+    looks_at_training = 'train' in modes or getattr(args, 'update_bn', False)
     if 'val' in modes and not asked.val_split:
         parser.error(f'--mode val needs a run with --val-split, and {path} is of one without')
     asked.resume, asked.network = path, {name: value for name, value in state['network'].items() if name in models.OPTION_FLAGS}
@@ -78,11 +85,24 @@ def open_checkpoint(path, args, parser):
     model = models.build(asked.arch, len(state['classes']), methods.build_head(asked), **asked.network)
     checkpoint.load_model(model, state, state['network'], path)
     if args.no_augment:
-        if 'train' not in modes and not cifar.input_transform(asked, model):
+        if not looks_at_training and not cifar.input_transform(asked, model):
             parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
         asked.no_augment, asked.cutout, asked.autoaugment = True, None, False
+    if 'workers' in args.given and not cifar.uses_workers(asked, model):
+        parser.error('--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
+    if getattr(args, 'perturb_batch_norm', False) and not smoothout.batch_norm_parameters(model):
+        parser.error(f'--perturb-batch-norm is not used by {path}, a network without BatchNorm')
     model.to(device, torch.float64 if asked.precision == 'fp64' else None, memory_format=torch.channels_last)
     return Trained(path, state, asked, model.eval(), device)
+
+
+def check_folder(folder):
+    """UserError unless files can be written to `folder`, which may not be there yet."""
+    existing = folder or '.'
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing) or '.'
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise UserError(f'results cannot be written to {folder or "."}, as {existing} is not a folder that may be written to; give another --out')
 
 
 def check_alike(subjects):
@@ -116,16 +136,23 @@ def landscape(trained, batches):
     return Landscape(trained.model, batches, trained.args.precision)
 
 
-def label(path):
-    """The checkpoint at `path` in two words: its folder and its name."""
-    return '/'.join([os.path.basename(os.path.dirname(os.path.abspath(path))), os.path.basename(path).split('.')[0]])
+def labels(paths):
+    """A name for each checkpoint: its file and as many folders around it, at least one, as tell it from the others."""
+    parts = [os.path.abspath(_bare(path)).split(os.sep) for path in paths]
+    for depth in range(2, max(map(len, parts)) + 1):
+        names = ['/'.join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def stem(args, path):
     """Where results about the checkpoint at `path` go, without what tells one result from another: beside it, or into --out."""
-    if args.out:
-        return os.path.join(args.out, label(path).replace('/', '-'))
-    return os.path.join(os.path.dirname(path), os.path.basename(path).split('.')[0])
+    return os.path.join(args.out, labels([path])[0].replace('/', '-')) if args.out else _bare(path)
+
+
+def _bare(path):
+    return path.removesuffix('.tar').removesuffix('.pth').removesuffix('.pt')
 
 
 def description(trained):
