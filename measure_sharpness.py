@@ -127,7 +127,7 @@ def noise(landscape, seed, ss, noise_type, adapt_type, perturb_batch_norm, draws
 def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
     """The `eigenvalue_count` largest, in descending order, from products of the Hessian with vectors (ARPACK's Lanczos method).
 
-    Power iteration needs several times as many products, and finds the eigenvalue that is largest without its sign.
+    Unlike power iteration it finds those that are largest with their sign, and several from the same products.
     """
     size, products = len(landscape.weights), 0
     if eigenvalue_count >= size:
