@@ -219,7 +219,7 @@ def make_batches(args, state, part, split, transforms, device):
     known = data.DATASETS[args.dataset]
     move = not args.no_augment and 'train' not in transforms
     return make(batch_size=args.train_batch * args.batch_multiplier, padding=4 if move else 0, flip=known.flip and move,
-                cutout=args.cutout or 0, transform=data.auto_augment(known.policy) if args.autoaugment else transforms.get('train'))
+                cutout=args.cutout, transform=data.auto_augment(known.policy) if args.autoaugment else transforms.get('train'))
 
 
 def check_parts(args, model, images):

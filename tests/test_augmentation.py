@@ -321,10 +321,10 @@ def test_a_models_own_transforms_are_used_in_training_and_testing(model, monkeyp
     assert WithTransforms.read()[0] is None
     call(monkeypatch, f'-e --resume {tmp_path}/run/checkpoint.pth.tar')
     assert (WithTransforms.read()[1] == 2).all()
-    for mode in ('test', 'train'):
+    for mode, value in (('test', 2), ('train', 1)):  # those of training as in training
         call(monkeypatch, f'{tmp_path}/run/checkpoint.pth.tar --mode {mode}', evaluate)
         train, test = WithTransforms.read()
-        assert train is None and test.shape == (40, 3, 32, 32) and (test == 2).all()
+        assert train is None and test.shape == (40, 3, 32, 32) and (test == value).all()
 
 
 def test_with_only_a_transform_for_training_the_test_is_as_for_any_model(model, few, monkeypatch):

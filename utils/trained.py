@@ -87,7 +87,7 @@ def open_checkpoint(path, args, parser):
     if args.no_augment:
         if not looks_at_training and not cifar.input_transform(asked, model):
             parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
-        asked.no_augment, asked.cutout, asked.autoaugment = True, None, False
+        asked.no_augment, asked.cutout, asked.autoaugment = True, 0, False
     if 'workers' in args.given and not cifar.uses_workers(asked, model):
         parser.error('--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
     if getattr(args, 'perturb_batch_norm', False) and not smoothout.batch_norm_parameters(model):
