@@ -201,7 +201,7 @@ def load_batches(args, state, transforms, device):
         state['mean'], state['std'] = data.mean_and_std(splits['train'].images)
         state['classes'] = splits['train'].classes
     splits['train'], val = conditions.apply(args, splits['train'])
-    batch, images = args.train_batch * args.batch_multiplier, len(splits['train'].labels)
+    images = len(splits['train'].labels)
     shrinking = [f'{flag} {getattr(args, name)}' for name, flag in conditions.SHRINKING.items() if getattr(args, name)]
     check_batch(args, images, f' that {" and ".join(shrinking)} leaves' if shrinking else '')
     print(f'{images} training images, by class: {" ".join(map(str, splits["train"].class_counts()))}'

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import warnings
 from fractions import Fraction
 
