@@ -306,7 +306,7 @@ class Recorded(list):
 
     def __init__(self, batches, one_pass):
         super().__init__(one_pass)
-        self.num_classes, self.device, self.mean, self.std = batches.num_classes, batches.device, batches.mean, batches.std
+        self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
         self.labels = torch.cat([targets for _, targets in self])
 
 

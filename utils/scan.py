@@ -37,8 +37,7 @@ class Scan:
                 self.rows[tuple(values[:axes])] = values[axes:]
         except (ValueError, OSError) as error:
             raise UserError(f'{self.path} is not the table of this scan ({error}); use --overwrite, or move it away') from error
-        if not whole or os.path.getsize(self.path) != sum(len(line.encode()) for line in whole):
-            os.truncate(self.path, sum(len(line.encode()) for line in whole))
+        os.truncate(self.path, sum(len(line.encode()) for line in whole))
 
     def append(self, point, values):
         with open(self.path, 'a', newline='') as file:
