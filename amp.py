@@ -36,13 +36,15 @@ class AMP(torch.optim.Optimizer):
     buffers: tensors that only the first pass may change, such as model.buffers() of a model that is on its device:
     BatchNorm's statistics then are those of the weights that are kept. Without it every pass changes them, as in the
     original code.
+    local: among several processes of torch.distributed, each climbs along the gradient of its own part of the batch, which
+    saves averaging these; only the last gradient is that of all. `local_pass` tells the closure when it need not average.
 
-    Raises ValueError for an option out of range. All but `perturbation` and `buffers` can be set per parameter group.
+    Raises ValueError for an option out of range. All but `perturbation`, `buffers` and `local` can be set per parameter group.
     Groups and state are those of the base optimizer, so schedulers and state_dict work as on it. The parameters are on
     one device, their gradients dense.
     """
 
-    def __init__(self, params, lr, epsilon, inner_lr=1.0, inner_iter=1, perturbation='tensor', buffers=(),
+    def __init__(self, params, lr, epsilon, inner_lr=1.0, inner_iter=1, perturbation='tensor', buffers=(), local=False,
                  base_optimizer=torch.optim.SGD, **options):
         if perturbation not in ('tensor', 'global'):
             raise ValueError(f"perturbation must be 'tensor' or 'global', was given {perturbation!r}")
@@ -55,7 +57,7 @@ class AMP(torch.optim.Optimizer):
                 raise ValueError(f'inner_iter must be a whole number of at least 0, was given {group["inner_iter"]}')
         self.base_optimizer = base_optimizer(self.param_groups, lr=lr, **options)
         self.defaults.update(self.base_optimizer.defaults)
-        self.perturbation = perturbation
+        self.perturbation, self.local, self.local_pass = perturbation, local, False
         by_dtype = {}  # as one launch handles one dtype
         for buffer in buffers:
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -73,7 +75,7 @@ class AMP(torch.optim.Optimizer):
 
     def __getstate__(self):
         return {**super().__getstate__(), 'base_optimizer': self.base_optimizer, 'perturbation': self.perturbation,
-                'buffers': self.buffers}
+                'buffers': self.buffers, 'local': self.local, 'local_pass': False}
 
     @torch.no_grad()
     def step(self, closure):
@@ -86,6 +88,7 @@ class AMP(torch.optim.Optimizer):
         """
         closure = torch.enable_grad()(closure)
         passes = max(group['inner_iter'] for group in self.param_groups)
+        self.local_pass = self.local and passes > 0
         result = closure()
         taking_part = self._with_gradient()
         if passes == 0 or not taking_part:
@@ -99,12 +102,14 @@ class AMP(torch.optim.Optimizer):
         try:
             for number in range(passes):
                 deltas, lengths = self._climb(groups, deltas, number)
-                finite = lengths.isfinite().all() & finite
+                finite = self._everywhere(lengths.isfinite().all() & finite)
                 torch._foreach_copy_(weights, saved)
                 torch._foreach_add_(weights, zero_unless(finite, [delta for group in deltas for delta in group]))
+                self.local_pass = self.local and number < passes - 1
                 closure()
                 taking_part &= self._with_gradient()
         finally:
+            self.local_pass = False
             torch._foreach_copy_(weights, saved)
             for tensors, values in zip(self.buffers, saved_buffers):
                 torch._foreach_copy_(tensors, values)
@@ -120,6 +125,13 @@ class AMP(torch.optim.Optimizer):
         torch._foreach_mul_(weights, finite.to(weights[0].dtype))
         torch._foreach_add_(weights, torch._foreach_mul(saved, (~finite).to(weights[0].dtype)))
         return result
+
+    def _everywhere(self, finite):
+        """What decides whether there is a step must be the same in all processes, also where their gradients are not."""
+        if self.local and torch.distributed.is_available() and torch.distributed.is_initialized():
+            finite = finite.int()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return finite.bool()
 
     def _with_gradient(self):
         return {p for group in self.param_groups for p in group['params'] if p.grad is not None}
@@ -162,15 +174,20 @@ def add_arguments(parser):
                         help='a ball for each parameter tensor, or one for all (tensor)')
     parser.add_argument('--perturbed-statistics', action='store_true',
                         help='BatchNorm statistics also from the perturbed passes, as the original code')
+    parser.add_argument('--local-perturbation', action='store_true',
+                        help='of several processes each climbs along the gradient of its own images, which saves averaging it')
 
 
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
-    unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics'} & args.given
+    unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics', 'local_perturbation'} & args.given
+    if 'local_perturbation' in args.given and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError('--local-perturbation is for several processes, and torchrun did not start this one')
     if args.inner_iter == 0 and unused:
         raise ValueError(f'--{sorted(unused)[0].replace("_", "-")} does nothing with --inner-iter 0, which is plain SGD')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
-                             perturbation=args.perturbation, buffers=() if args.perturbed_statistics else model.buffers())
+                             perturbation=args.perturbation, buffers=() if args.perturbed_statistics else model.buffers(),
+                             local=args.local_perturbation)
 
 
 if __name__ == '__main__':

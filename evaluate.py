@@ -13,7 +13,7 @@ import os
 
 import cifar
 import smoothout
-from utils import data, metrics, trained
+from utils import data, metrics, trained, training
 from utils.arguments import Parser, number
 from utils.attack import Attack
 from utils.bar import ProgressLine
@@ -65,7 +65,7 @@ def main():
     with ProgressLine(args.mode, len(batches)) as bar:
         measured = landscape.measure(meter=predictions, bar=bar)
     by_class, confusion = metrics.of_classes(*predictions.gathered())
-    print(f'{subject.path}, of epoch {subject.state["epoch"]} | {cifar.in_words(args.mode, measured)}')
+    print(f'{subject.path}, of epoch {subject.state["epoch"]} | {training.in_words(args.mode, measured)}')
     print(metrics.in_words(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
     if args.ss is not None:
         print(f'under noise  {under_noise(landscape, args)}', flush=True)
@@ -85,7 +85,7 @@ def under_noise(landscape, args):
         for _ in range(args.draws):
             noise = landscape.noise(generator, args.noise_type, args.adapt_type, args.perturb_batch_norm)
             draws.append(landscape.measure(landscape.weights + args.ss * noise))
-            bar.advance(cifar.in_words('last', draws[-1]))
+            bar.advance(training.in_words('last', draws[-1]))
     spread = {name: metrics.spread([draw[name] for draw in draws]) for name in draws[0]}
     words = [f'{name.lower()} {metrics.plus_minus(*values, ".4f" if name == "Loss" else ".2f")}{"%" * (name != "Loss")}'
              for name, values in spread.items()]
@@ -100,7 +100,7 @@ def under_attack(landscape, args):
     with ProgressLine('attack', len(batches)) as bar:
         measured = landscape.measure(inputs_of=attack, bar=bar)
     steps = f', {args.attack_steps} steps' if args.attack == 'pgd' else ''
-    return f'{args.attack}, eps {255 * args.attack_eps:g}/255{steps} | {cifar.in_words(args.mode, measured)}'
+    return f'{args.attack}, eps {255 * args.attack_eps:g}/255{steps} | {training.in_words(args.mode, measured)}'
 
 
 if __name__ == '__main__':

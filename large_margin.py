@@ -157,6 +157,9 @@ def add_arguments(parser):
     flag('--layer-weights', type=float, nargs='+', metavar='W', help='for each layer, on its distances (1)')
 
 
+CLASS_TARGETS = True  # the distance is from one class
+
+
 def layers(args):
     """`args` -> the names of the modules whose outputs are the activations of the loss term."""
     return args.large_margin_layers

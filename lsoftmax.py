@@ -155,6 +155,7 @@ def add_arguments(parser):
 
 
 FIRST_VALUES = {'beta'}  # a checkpoint has the beta that was reached
+CLASS_TARGETS = True  # one class for each image has the margin
 
 
 def head(args):

@@ -107,11 +107,13 @@ class SmoothOut(torch.optim.Optimizer):
         return result
 
     @torch.no_grad()
-    def next_part(self):
+    def next_part(self, parts=1):
         """For a closure that calls backward several times: between two of these this exchanges the noise for new noise.
 
-        Outside of a step it does nothing.
+        With `parts` above 1 it is the noise that as many calls would end with. Outside of a step it does nothing.
         """
+        for _ in range(parts - 1):
+            self._draw()
         self._restore()
         self._add_noise()
 

@@ -21,12 +21,12 @@ import os
 import numpy as np
 import torch
 
-import cifar
 import smoothout
 from utils import data, metrics, trained
 from utils.arguments import Parser, number
 from utils.bar import ProgressLine
 from utils.errors import Stopped, UserError, run
+from utils.eval import quantities
 from utils.files import save_figure
 from utils.scan import Scan
 
@@ -132,7 +132,7 @@ def scan(args, group, images, title):
         kind, name = {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}, args.kind
     settings = {'kind': args.kind, 'checkpoints': [trained.description(subject) for subject in group], **kind, 'update_bn': args.update_bn,
                 'precision': group[0].args.precision, 'images': {part: trained.describe_images(batches) for part, batches in images.items()}}
-    quantities = [f'{part} {quantity}'.lower() for part in images for quantity in cifar.quantities(len(group[0].state['classes']))]
+    quantities = [f'{part} {quantity}'.lower() for part in images for quantity in quantities(len(group[0].state['classes']))]
     stem = f'{trained.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
     table = Scan(stem, settings, AXES[args.kind] + quantities, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from lsoftmax import LSoftmaxLinear  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import data, methods, schedule  # noqa: E402
+from utils import data, methods, schedule, training  # noqa: E402
 
 LAYERS = '--large-margin-layers input layer1 layer2 layer3'
 ROWS = {
@@ -47,7 +47,7 @@ def epoch(flags, options, split):
     batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
     batches.steps = options.steps
     optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
-    return functools.partial(cifar.train, batches, model, criterion, optimizer, 0, args)
+    return functools.partial(training.train, batches, model, criterion, optimizer, 0, args)
 
 
 def peak_memory(kind, classes, features, batch):

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import checkpoint, data, methods, schedule  # noqa: E402
+from utils import checkpoint, data, methods, schedule, training  # noqa: E402
 from utils.logger import Logger, plot_log  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -72,7 +72,7 @@ def cifar_train(options, split, precision):
     optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
     batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
     batches.steps = options.steps
-    return lambda: cifar.train(batches, model, criterion, optimizer, 0, args), model, optimizer
+    return lambda: training.train(batches, model, criterion, optimizer, 0, args), model, optimizer
 
 
 class FirstBatches(data.Batches):
@@ -81,8 +81,8 @@ class FirstBatches(data.Batches):
     def __len__(self):
         return self.steps
 
-    def shuffled(self, seed, epoch):
-        return itertools.islice(super().shuffled(seed, epoch), self.steps)
+    def shuffled(self, seed, epoch, first=0):
+        return itertools.islice(super().shuffled(seed, epoch, first), self.steps)
 
 
 class Pictures(Dataset):

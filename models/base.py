@@ -1,7 +1,19 @@
 """What every architecture shares: a swappable classifier head, and one way to refuse an impossible depth."""
 import inspect
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class WithAuxiliary(NamedTuple):
+    """What a network with auxiliary classifiers returns in training; in evaluation it returns what its head does.
+
+    outputs: what the head returned. auxiliary: logits (batch, num_classes) of each auxiliary classifier.
+    weight: of each one's cross-entropy, beside that of the head.
+    """
+    outputs: Tensor | tuple
+    auxiliary: list[Tensor]
+    weight: float
 
 
 class ImageClassifier(nn.Module):
@@ -33,7 +45,10 @@ class ImageClassifier(nn.Module):
 
         x: images (batch, 3, height, width). targets: class indices (batch,), for heads that use them.
         """
-        features = self.features(x)
+        return self.classify(self.features(x), targets)
+
+    def classify(self, features, targets=None):
+        """The head alone, features (batch, in_features)."""
         return self.head(features, targets) if self.head_takes_targets else self.head(features)
 
 

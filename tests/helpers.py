@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cifar
-from utils import data
+from utils import data, training
 from utils.errors import UserError
 from utils.landscape import Landscape
 
@@ -30,16 +30,16 @@ def refused(monkeypatch, capsys, tmp_path, flags):
 
 def broken_off(monkeypatch, flags, epoch):
     """A run of cifar.py that ends like one that was killed when epoch `epoch`, counted from 0, should begin."""
-    train = cifar.train
+    train = training.train
 
-    def killed(batches, model, criterion, optimizer, number, args):
+    def killed(batches, model, criterion, optimizer, number, *rest, **options):
         if number == epoch:
             raise KeyboardInterrupt
-        return train(batches, model, criterion, optimizer, number, args)
+        return train(batches, model, criterion, optimizer, number, *rest, **options)
 
     monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cifar, 'train', killed)
+        patch.setattr(training, 'train', killed)
         cifar.main()
 
 
@@ -105,7 +105,7 @@ def toy_runs(**flags):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(data, 'load', lambda name, root, part, *rest:
                           load('digits', None, part).subset(torch.arange(160 if part == 'train' else 60)))
-            patch.setattr(cifar, 'plot_log', lambda *args: None)
+            patch.setattr(training, 'plot_log', lambda *args: None)
             for name, own in flags.items():
                 call(patch, cifar, f'-d digits --epochs 1 --lr 0.02 --train-batch 16 --manualSeed 2 {own} -c {folder}/{name}')
             yield folder

@@ -15,7 +15,7 @@ import cifar
 import evaluate
 from models import cifar as models
 from models.base import ImageClassifier, global_average_pool
-from utils import data
+from utils import data, training
 
 CPU = torch.device('cpu')
 MEAN, STD = [120.0, 100.0, 80.0], [60.0, 50.0, 40.0]
@@ -234,7 +234,7 @@ def few(monkeypatch):
     load = data.load
     split = load('digits', None, 'train').subset(torch.arange(40))
     monkeypatch.setattr(data, 'load', lambda name, root, part, *rest: split)
-    monkeypatch.setattr(cifar, 'plot_log', lambda *args: None)
+    monkeypatch.setattr(training, 'plot_log', lambda *args: None)
     return split
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import cifar
 from helpers import refused
-from utils import data, methods
+from utils import data, methods, training
 from utils.errors import UserError
 from utils.logger import read_log
 
@@ -142,8 +142,8 @@ def test_evaluate_reads_the_checkpoint_and_writes_nothing(reference, monkeypatch
 
 
 def test_validation_chooses_the_epoch_and_the_test_set_is_read_once(monkeypatch, tmp_path, capsys):
-    calls, test = [], cifar.test
-    monkeypatch.setattr(cifar, 'test', lambda batches, *rest: calls.append(len(batches.labels)) or test(batches, *rest))
+    calls, test = [], training.test
+    monkeypatch.setattr(training, 'test', lambda batches, *rest: calls.append(len(batches.labels)) or test(batches, *rest))
     call(monkeypatch, f'-d digits --depth 8 --epochs 3 --lr-schedule onecycle --val-split 0.1 -c {tmp_path}')
     assert calls == [142, 142, 142, 360]  # a tenth of each class
     log, result = read_log(f'{tmp_path}/log.txt'), json.load(open(f'{tmp_path}/result.json'))
@@ -366,7 +366,7 @@ def test_two_heads_or_two_optimizers_are_refused(monkeypatch, capsys):
 
 def test_the_total_loss_is_cross_entropy_plus_coef_times_dma():
     from dma import dma_loss
-    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3), model=None)
+    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3, label_smoothing=0.0), model=None)
     outputs, targets = (torch.randn(4, 3), torch.rand(4, 3)), torch.tensor([0, 1, 2, 0])
     expected = nn.functional.cross_entropy(outputs[0], targets) + 0.3 * dma_loss(outputs[1])
     torch.testing.assert_close(criterion(outputs, targets), expected)

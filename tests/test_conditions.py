@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cifar
 from helpers import refused
-from utils import conditions, data
+from utils import conditions, data, training
 from utils.errors import UserError
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / 'goldens/imbalance.npz')
@@ -313,7 +313,7 @@ def checkpoint(tmp_path_factory):
     """That of a run with every condition, after one epoch."""
     folder = tmp_path_factory.mktemp('conditions')
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cifar, 'plot_log', lambda *args: None)
+        monkeypatch.setattr(training, 'plot_log', lambda *args: None)
         call(monkeypatch, f'-d digits -a mlp --epochs 1 --imbalance-seed 3 --manualSeed 4 {ALL} -c {folder}')
     return folder / 'checkpoint.pth.tar'
 
@@ -366,7 +366,7 @@ def test_the_conditions_cannot_change_when_a_run_is_resumed(flags, folder, check
 
 
 def test_a_resumed_run_trains_on_the_same_images_and_may_be_told_so_again(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr(cifar, 'plot_log', lambda *args: None)
+    monkeypatch.setattr(training, 'plot_log', lambda *args: None)
     call(monkeypatch, f'--resume {checkpoint} --epochs 2 --imbalance-seed 3 --manualSeed 4 {ALL} -c {tmp_path}')
     before, after = (json.loads((folder / 'args.json').read_text()) for folder in (checkpoint.parent, tmp_path))
     assert after['training images by class'] == before['training images by class'] and after['epochs'] == 2

@@ -15,7 +15,7 @@ from models import cifar as models
 from models.base import ImageClassifier, global_average_pool
 from models.cifar.mlp import MLP
 from models.cifar.shallow import Shallow
-from utils import data, schedule
+from utils import data, schedule, training
 from utils.logger import read_log
 from utils.schedule import learning_rate
 
@@ -290,8 +290,8 @@ def few(monkeypatch):
     """40 images of digits, no pictures, and a list of the options that every optimizer step had."""
     load, step, seen = data.load, torch.optim.SGD.step, []
     monkeypatch.setattr(data, 'load', lambda *args: load(*args).subset(torch.arange(40)))
-    monkeypatch.setattr(cifar, 'plot_log', lambda *args: None)
-    monkeypatch.setattr(cifar.metrics, 'write_confusion', lambda *args: None)
+    monkeypatch.setattr(training, 'plot_log', lambda *args: None)
+    monkeypatch.setattr(training.metrics, 'write_confusion', lambda *args: None)
 
     def recording(self, closure=None):
         group, = self.param_groups

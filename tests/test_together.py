@@ -11,7 +11,7 @@ import cifar
 from helpers import broken_off
 from large_margin import LargeMarginLoss
 from models import cifar as models
-from utils import checkpoint, data, methods, schedule
+from utils import checkpoint, data, methods, schedule, training
 from utils.activations import Activations
 from utils.errors import UserError
 from utils.eval import shown_logits
@@ -52,7 +52,7 @@ class Run:
         self.criterion = methods.build_criterion(args, self.model)
 
     def train(self, epoch):
-        return cifar.train(self.batches, self.model, self.criterion, self.optimizer, epoch, self.args)
+        return training.train(self.batches, self.model, self.criterion, self.optimizer, epoch, self.args)
 
     def state(self):
         return {'state_dict': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'random': checkpoint.random_state()}
@@ -113,7 +113,7 @@ def test_a_whole_run_of_three_methods_resumed(few_digits, monkeypatch, tmp_path)
     flags = ('-d digits --depth 8 --train-batch 16 --lr-schedule onecycle --manualSeed 3 --epochs 2 --mini-batch 8 '
              '--method lsoftmax large_margin amp --margin 2 --cross-entropy-weight 1 --epsilon 0.1 --clip-norm 5')
     call(monkeypatch, f'{flags} -c {tmp_path}/whole')
-    monkeypatch.setattr(cifar, 'report', lambda *args: None)
+    monkeypatch.setattr(training, 'report', lambda *args: None)
     broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=1)
     call(monkeypatch, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
     whole, parts = (torch.load(f'{tmp_path}/{name}/checkpoint.pth.tar', weights_only=True) for name in ('whole', 'parts'))
@@ -129,7 +129,7 @@ def test_a_compiled_network_trains_as_it_would_otherwise(names):
     network = torch.compile(compiled.model, backend='aot_eager')
     for epoch in range(2):
         measured = plain.train(epoch)
-        assert cifar.train(compiled.batches, network, compiled.criterion, compiled.optimizer, epoch, args) == pytest.approx(measured, rel=1e-3)
+        assert training.train(compiled.batches, network, compiled.criterion, compiled.optimizer, epoch, args) == pytest.approx(measured, rel=1e-3)
     for ours, expected in zip(compiled.model.state_dict().values(), plain.model.state_dict().values()):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 

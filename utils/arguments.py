@@ -4,6 +4,8 @@ import math
 import re
 import sys
 
+from utils import distributed
+
 
 class Parser(argparse.ArgumentParser):
     """Errors are one sentence; flags are read without regard to case, `-` and `_`: `--train_batch`, `--manual-seed`.
@@ -40,6 +42,7 @@ class Parser(argparse.ArgumentParser):
         return result
 
     def error(self, message):
+        distributed.let_the_first_speak()
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 

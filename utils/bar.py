@@ -1,9 +1,12 @@
 """The progress line: a bar with ETA on a terminal, nothing elsewhere; each epoch prints a line of its own in any case."""
+import os
 import sys
 import time
 
 from progress import SHOW_CURSOR
 from progress.bar import Bar
+
+from utils import distributed
 
 
 class ProgressLine(Bar):
@@ -13,7 +16,8 @@ class ProgressLine(Bar):
     """
     width = 20
 
-    def __init__(self, title, total, unit='batch', file=sys.stderr):
+    def __init__(self, title, total, unit='batch', file=None):
+        file = file or (sys.stderr if distributed.is_first() else open(os.devnull, 'w'))
         super().__init__(title.replace('%', '%%'), max=total, file=file)
         self.unit = unit
         self.interval, self.read = (0.5 if self.is_tty() else 5.0), time.perf_counter()

@@ -5,14 +5,14 @@ import shutil
 
 import torch
 
-from utils import conditions
+from utils import conditions, distributed
 from utils.errors import UserError
 from utils.files import replacing
 
 LAST, BEST, RESULT = 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json'  # RESULT is there when a run is finished
 CONTENTS = {'epoch': int, 'network': dict, 'state_dict': dict, 'optimizer': dict, 'random_state': dict, 'mean': list,
             'std': list, 'classes': list, 'best': dict, 'args': dict}
-RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', RESULT)
+RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', 'skipped.txt', RESULT)
 
 
 def check_folder(folder, resume, overwrite):
@@ -32,6 +32,12 @@ def check_folder(folder, resume, overwrite):
     if os.path.basename(resume) != LAST:
         raise UserError(f'--resume {resume} would go on in its own folder and replace {LAST} there; '
                         'use another --checkpoint, or --overwrite')
+
+
+def never_saved(folder):
+    """Whether a run began in `folder` and was killed before its first checkpoint."""
+    held = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return 'args.json' in held and all(name in ('args.json', 'log.txt') or name.startswith('.unfinished-') for name in held)
 
 
 def _is_in(folder, path):
@@ -67,8 +73,8 @@ def save(path, state):
         raise OSError(f'{path} could not be written ({error})') from error
 
 
-def read(path):
-    """The checkpoint at `path`, on the CPU; UserError if it is missing, damaged or something else."""
+def read(path, script=None):
+    """The checkpoint at `path`, on the CPU; UserError if it is missing, damaged, or not of the `script` that is named."""
     if os.path.isdir(path):
         raise UserError(f'{path} is a folder; name a checkpoint in it, such as {os.path.join(path, LAST)}')
     if not os.path.exists(path):
@@ -80,17 +86,24 @@ def read(path):
     except Exception as error:  # the zip, pickle and tensor readers each have kinds of their own
         raise UserError(f'{path} is not a checkpoint, or it is cut short or damaged') from error
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in CONTENTS.items()):
-        raise UserError(f'{path} is not a checkpoint of cifar.py, which holds {", ".join(CONTENTS)}')
+        raise UserError(f'{path} is not a checkpoint of {script or "cifar.py or imagenet.py"}, which holds {", ".join(CONTENTS)}')
+    state.setdefault('script', 'cifar.py')  # the only one when it was not yet written down
+    if script not in (None, state['script']):
+        raise UserError(f'{path} is a checkpoint of {state["script"]}, not of {script}')
     return state
 
 
-def check_flags(args, state, used_by_evaluate, parser):
-    """Refuse, on the command line of a resumed or evaluated run, what would contradict the checkpoint or do nothing."""
+def weights_to_test(state):
+    """The state_dict that a checkpoint's accuracy is of: the weights, or with --ema their average."""
+    if not state.get('ema'):
+        return state['state_dict']
+    return {name.removeprefix('module.'): tensor for name, tensor in state['ema'].items() if name != 'n_averaged'}
+
+
+def check_flags(args, state, parser):
+    """Refuse, on the command line of a resumed run, what would contradict the checkpoint."""
     if 'arch' in args.given and args.arch != state['network'].get('arch'):
         raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} was given')
-    if args.evaluate:
-        for name in sorted(args.given - used_by_evaluate):
-            parser.error(f'--{name.replace("_", "-")} is not used by --evaluate')
     if 'start_epoch' in args.given:
         parser.error('--start-epoch and --resume exclude each other: a checkpoint knows its epoch')
     for name, flag in {'seed': '--manualSeed', **conditions.FLAGS}.items():
@@ -109,14 +122,14 @@ def check_schedule(args, state, parser):
                      f'was given {args.optimizer}')
 
 
-def load_model(model, state, asked, path):
-    """Load the weights into `model`; UserError if they are those of another network than `asked` describes."""
+def load_model(model, state, asked, path, to_test=False):
+    """Load the weights, or those `to_test`, into `model`; UserError if they are of another network than `asked` describes."""
     held = state['network']
     if held != asked:
         differing = sorted(name for name in held.keys() | asked.keys() if held.get(name) != asked.get(name))
         raise UserError(f'{path} holds {_phrase(held, differing)}, but {_phrase(asked, differing)} was asked for')
     try:
-        model.load_state_dict(state['state_dict'])
+        model.load_state_dict(weights_to_test(state) if to_test else state['state_dict'])
     except RuntimeError as error:
         raise UserError(f'the weights in {path} do not fit {asked["arch"]}: {" ".join(str(error).split())[:200]}') from error
 
@@ -145,3 +158,19 @@ def set_random_state(state):
     torch.set_rng_state(state['cpu'])
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
+
+
+def begin_random_state(state, seed):
+    """That of this process in a checkpoint. Where there is none, all but the first process take another seed: dropout differs."""
+    known = [state['random_state'], *state.get('other_random_states', [])] if 'random_state' in state else []
+    if distributed.rank() < len(known):
+        set_random_state(known[distributed.rank()])
+    elif not distributed.is_first():
+        torch.manual_seed(seed + distributed.rank() * 2 ** 32)
+
+
+def check_position(state, steps, path):
+    """UserError if the checkpoint is of the middle of an epoch that does not have `steps` batches."""
+    if state.get('step') and len(state['meter']['losses']) != steps:
+        raise UserError(f'{path} is of the middle of an epoch of {len(state["meter"]["losses"])} batches, and this run has {steps}; '
+                        'the data and --train-batch cannot change until the epoch is over')

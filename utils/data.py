@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from utils import distributed
 from utils.errors import UserError
 
 # torchvision and scikit-learn are imported where they are used: each takes a second or more, and no run needs all of both.
@@ -123,17 +124,25 @@ def _list_folder(root, part):
         raise UserError(f'{path}: {" ".join(str(error).split())}') from error
 
 
+def open_image(path):
+    """The image in a file, as RGB; ValueError with the reason, in one line, if it is not one of 8 bits a channel or damaged."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(('I', 'F')):
+                raise ValueError(f'mode {image.mode}: more than 8 bits a channel')
+            return image.convert('RGB')
+    except Exception as error:  # PIL's readers of the many formats raise many kinds
+        raise ValueError(_one_line(error)) from error
+
+
 def _folder(root, part, image_size, workers):
     folder = _list_folder(root, part)
 
     def read(sample):
         try:
-            with Image.open(sample[0]) as image:
-                if image.mode.startswith(('I', 'F')):
-                    raise ValueError(f'mode {image.mode}: more than 8 bits a channel')
-                # Scales the shorter side and cuts out the centre; an image of the right size stays as it is.
-                return np.asarray(ImageOps.fit(image.convert('RGB'), (image_size, image_size), Image.Resampling.BILINEAR))
-        except Exception as error:  # PIL's readers of the many formats raise many kinds
+            # Scales the shorter side and cuts out the centre; an image of the right size stays as it is.
+            return np.asarray(ImageOps.fit(open_image(sample[0]), (image_size, image_size), Image.Resampling.BILINEAR))
+        except ValueError as error:
             raise UserError(f'{sample[0]} cannot be read as an image ({error}); mend or remove it') from error
 
     images = np.empty((len(folder.samples), image_size, image_size, 3), dtype=np.uint8)
@@ -246,7 +255,10 @@ class Batches:
 
     Iterating gives it in order and as it is. `shuffled(seed, epoch)` gives it shuffled, cropped at random after padding
     by `padding` black pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to the mean
-    colour; a batch depends on (seed, epoch, its index) alone, and is the same on every device.
+    colour; a batch depends on (seed, epoch, its index) alone, and is the same on every device. Batches begin with number `first`.
+
+    Among several processes `shuffled` gives each one its share of every batch, perhaps none of it, and iterating gives it some of
+    the batches, whole; len() counts them all.
 
     transform: a function of a PIL image, cropped and mirrored, that gives a PIL image, or a float tensor (3, height, width)
     that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in order.
@@ -262,34 +274,46 @@ class Batches:
     def __len__(self):
         return -(-len(self.labels) // self.batch_size)
 
+    def images_in(self, number):
+        """How many images batch `number` has, in all processes together."""
+        return min(self.batch_size, len(self.labels) - number * self.batch_size)
+
     def __iter__(self):
-        images, number = self.images.split(self.batch_size), len(self.labels)
+        number, own = len(self.labels), slice(distributed.rank(), None, distributed.world_size())
+        images = self.images.split(self.batch_size)[own]
         if self.transform:
             centre, unmirrored = torch.full((number, 2), self.padding), torch.zeros(number, dtype=torch.bool)
-            images = self._moved(torch.arange(number), centre, unmirrored, seeds=(0, 0))
-        for batch, labels in zip(images, self.labels.split(self.batch_size)):
+            positions = [slice(begin, begin + self.batch_size) for begin in range(0, number, self.batch_size)][own]
+            images = self._moved((torch.arange(number), centre, unmirrored), positions, seeds=(0, 0))
+        for batch, labels in zip(images, self.labels.split(self.batch_size)[own]):
             yield self.normalise(batch), labels
 
-    def shuffled(self, seed, epoch):
+    def shuffled(self, seed, epoch, first=0):
         generator = seeded_generator(seed, epoch)
         number, height, width, _ = self.images.shape
         order = torch.randperm(number, generator=generator)
         offsets = torch.randint(2 * self.padding + 1, (number, 2), generator=generator)
         mirrored = torch.rand(number, generator=generator) < (0.5 if self.flip else 0.0)
         holes = torch.stack([torch.randint(side, (number,), generator=generator) for side in (height, width)], dim=1)
-        images = self._moved(order, offsets, mirrored, seeds=(seed, epoch))
-        labels_and_holes = (each.to(self.device).split(self.batch_size) for each in (self.labels[order.to(self.device)], holes))
-        for batch, labels, hole in zip(images, *labels_and_holes):
+        shares = distributed.shares(number, self.batch_size, first)
+        images = self._moved((order, offsets, mirrored), shares, seeds=(seed, epoch))
+        labels, holes = self.labels[order.to(self.device)], holes.to(self.device)
+        for batch, share in zip(images, shares):
             batch = self.normalise(batch)
-            yield (cut_out(batch, self.cutout, hole) if self.cutout else batch), labels
+            yield (cut_out(batch, self.cutout, holes[share]) if self.cutout else batch), labels[share]
 
-    def _moved(self, order, offsets, mirrored, seeds):
-        """Batches of images in this order, cropped and mirrored as `crop_and_flip` says, and through the transform if there is one."""
-        draws = list(zip(*(draw.to(self.images.device).split(self.batch_size) for draw in (order, offsets, mirrored))))
+    def _moved(self, draws, positions, seeds):
+        """Batches of images, cropped and mirrored as `crop_and_flip` says, and through the transform if there is one.
+
+        draws: for each image in the order of the epoch its index, its place and whether it is mirrored. positions: a slice of
+        that order for each batch.
+        """
+        order, offsets, mirrored = (draw.to(self.images.device) for draw in draws)
         if not self.transform:
-            return (crop_and_flip(self.images[chosen], self.padding, offset, mirror) for chosen, offset, mirror in draws)
+            return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part]) for part in positions)
         return torch.utils.data.DataLoader(
-            TransformedBatches(self.images, self.padding, draws, self.transform, seeds), batch_size=None, num_workers=self.workers,
+            TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform, seeds),
+            batch_size=None, num_workers=self.workers,
             multiprocessing_context='fork' if sys.platform == 'linux' else None,  # so that a transform may be a lambda
             worker_init_fn=_ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
 
@@ -320,25 +344,36 @@ def fingerprint(batches):
 
 
 class TransformedBatches(torch.utils.data.Dataset):
-    """The batches of `draws`, each (indices, offsets, mirrored) as for `crop_and_flip`, then image by image through `transform`.
+    """The batches at `positions` of `draws`, as for `Batches._moved`, then image by image through `transform`.
 
-    Whatever the transform draws from, be it torch, random or NumPy, is seeded anew for each batch.
+    Whatever the transform draws from, be it torch, random or NumPy, is seeded anew for each image, by its position.
     """
 
-    def __init__(self, images, padding, draws, transform, seeds):
-        self.images, self.padding, self.draws, self.transform, self.seeds = images, padding, draws, transform, seeds
+    def __init__(self, images, padding, draws, positions, transform, seeds):
+        self.images, self.padding, self.draws, self.positions = images, padding, draws, positions
+        self.transform, self.seeds = transform, seeds
 
     def __len__(self):
-        return len(self.draws)
+        return len(self.positions)
 
     def __getitem__(self, number):
-        chosen, offset, mirror = self.draws[number]
-        state = np.random.SeedSequence(self.seeds, spawn_key=(number,)).generate_state(3)
-        torch.manual_seed(int(state[0]))
-        random.seed(int(state[1]))
-        np.random.seed(state[2])
-        images = crop_and_flip(self.images[chosen], self.padding, offset, mirror).numpy()
-        return torch.stack([_as_tensor(self.transform(Image.fromarray(image))) for image in images])
+        part = self.positions[number]
+        chosen, offset, mirror = (draw[part] for draw in self.draws)
+        images = crop_and_flip(self.images[chosen], self.padding, offset, mirror)
+        result = [self._transformed(image, part.start + place) for place, image in enumerate(images.numpy())]
+        return torch.stack(result) if result else images
+
+    def _transformed(self, image, position):
+        seed_everything(self.seeds, position)
+        return _as_tensor(self.transform(Image.fromarray(image)))
+
+
+def seed_everything(seeds, *key):
+    """Whatever a transform draws from, be it torch, random or NumPy."""
+    state = np.random.SeedSequence(seeds, spawn_key=key).generate_state(3)
+    torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed seeds all devices, which takes far longer
+    random.seed(int(state[1]))
+    np.random.seed(state[2])
 
 
 def _as_tensor(image):

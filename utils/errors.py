@@ -21,14 +21,22 @@ def _stop(signum, frame):
 
 def run(main):
     """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal number after SIGINT or SIGTERM."""
+    from utils import distributed  # which imports UserError from here
+
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        main()
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except OSError as error:  # a full disk, a folder that may not be written to: the message names the file
-        sys.exit(f'error: {error}')
+        try:
+            main()
+        except (UserError, OSError) as error:  # an OSError, of a full disk or a folder that may not be written to, names the file
+            distributed.let_the_first_speak()
+            sys.exit(f'error: {error}')
+        except RuntimeError as error:
+            if not distributed.connection_lost(error):
+                raise
+            sys.exit('error: another process has ended, so this one does too')
     except Stopped as stop:
-        print(stop.sentence, file=sys.stderr)
+        if distributed.is_first():
+            print(stop.sentence, file=sys.stderr)
         sys.exit(128 + stop.signum)
+    distributed.stop()

@@ -2,10 +2,17 @@
 import torch
 import torch.nn.functional as F
 
+from utils import distributed
+
 
 def logits_of(outputs):
-    """The logits in what a model returns: the outputs themselves, or the first of a tuple (a method's head adds more)."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+    """The logits in what a model returns: the outputs themselves, or the first of a tuple (a method's head adds more).
+
+    The first may be a tuple again: WithAuxiliary holds what the head returned.
+    """
+    while isinstance(outputs, tuple):
+        outputs = outputs[0]
+    return outputs
 
 
 def shown_logits(model):
@@ -15,10 +22,15 @@ def shown_logits(model):
     return lambda outputs: plain(logits_of(outputs))
 
 
-def cross_entropy(outputs, targets):
-    """Mean cross-entropy over the batch, natural logarithm, in float32 at least, whatever the precision of the network."""
+def cross_entropy(outputs, targets, label_smoothing=0.0):
+    """Mean cross-entropy over the batch, natural logarithm, in float32 at least, whatever the precision of the network.
+
+    targets: class indices (batch,), or shares of the classes (batch, classes). label_smoothing: the part of each target that is
+    spread over all classes (Szegedy et al., arXiv 1512.00567, section 7).
+    """
     logits = logits_of(outputs)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def quantities(num_classes):
@@ -29,29 +41,55 @@ def quantities(num_classes):
 class Meter:
     """Mean loss and top-1 accuracy over the batches of one pass; top-5 too where there are more than five classes.
 
-    `update` only adds up on the device; `read` and `first_bad_batch` wait for it.
+    `update` only adds up on the device; `read` and `first_bad_batch` wait for it. Among several processes each counts its own
+    images until `gather` puts all together.
     """
 
     def __init__(self, batches, num_classes, device):
-        self.losses = torch.zeros(batches, dtype=torch.float64, device=device)
+        self.losses = torch.zeros(batches, dtype=torch.float64, device=device)  # sums over the images of each batch
         self.correct = torch.zeros(2, dtype=torch.int64, device=device)  # among the first 1, among the first 5
         self.sizes = []
         self.quantities = quantities(num_classes)
 
     def update(self, outputs, targets, loss):
-        """outputs: what the model returned. targets: (batch,). loss: the batch's mean, a scalar tensor."""
+        """outputs: what the model returned. targets: (batch,), or (batch, classes) of which the largest counts. loss: the batch's
+        mean, a scalar tensor.
+        """
         logits = logits_of(outputs).detach()
-        self.losses[len(self.sizes)] = loss.detach()
+        targets = targets.argmax(dim=1) if targets.dim() == 2 else targets
+        self.losses[len(self.sizes)] = loss.detach().double() * len(targets)
         self.sizes.append(len(targets))
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         self.correct += torch.stack((hits[:, 0].sum(), hits.sum()))
 
+    def skip(self):
+        """A batch without images in this process."""
+        self.sizes.append(0)
+
+    def gather(self):
+        """Count the images of all processes, each batch as a whole."""
+        if distributed.active():
+            sizes = torch.zeros_like(self.losses)
+            sizes[:len(self.sizes)] = torch.tensor(self.sizes, dtype=sizes.dtype, device=sizes.device)
+            self.losses, sizes = distributed.total(torch.stack((self.losses, sizes)))
+            self.sizes = sizes.tolist()
+            distributed.total(self.correct)
+
+    def state(self):
+        """What `load` in another Meter goes on from, plain tensors."""
+        return {'losses': self.losses.cpu(), 'correct': self.correct.cpu(), 'sizes': self.sizes}
+
+    def load(self, state, own=True):
+        """Where the batches of `state` are not counted as `own`, they are as batches without images here."""
+        if own:
+            self.losses.copy_(state['losses'])
+            self.correct.copy_(state['correct'])
+        self.sizes = list(state['sizes']) if own else [0] * len(state['sizes'])
+
     def read(self):
         """Quantity -> value so far: 'Loss' (mean per image), 'Top-1' and perhaps 'Top-5' (percent)."""
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        mean_loss = (self.losses[:len(sizes)].cpu() * sizes).sum() / sizes.sum()
-        values = [mean_loss.item(), *(100 * self.correct.double().cpu() / sizes.sum()).tolist()]
-        return dict(zip(self.quantities, values))
+        seen = max(sum(self.sizes), 1)
+        return dict(zip(self.quantities, [self.losses.sum().item() / seen, *(100 * self.correct.double().cpu() / seen).tolist()]))
 
     def __str__(self):
         return ' | '.join(f'{name.lower()} {value:.4g}' for name, value in self.read().items())

@@ -9,8 +9,10 @@ and, where it needs them:
     layers(args)                -> names of the modules whose outputs are the activations of its loss term
     cross_entropy_weight(args)  -> the weight of the cross-entropy beside its loss term; without it 1, several are multiplied
     FIRST_VALUES                = flags that a checkpoint's state takes the place of, so that a resumed run refuses them
+    CLASS_TARGETS = True        where targets must be one class for each image, not shares of several, as mixing images gives
 A head with `after_step()` is told of every optimizer step; one that trains on other logits than it predicts with has
-`without_margin(logits)` for these. An optimizer with `next_part()` is told when a batch that is split goes on to its next part.
+`without_margin(logits)` for these. An optimizer with `next_part(parts)` is told when a batch that is split goes on by so many parts; one
+whose `local_pass` is true does not need the gradient of all processes.
 A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it. `args.given` is the set of flags that the command
 line set; a ValueError from any of these functions ends the run with its sentence.
 """
@@ -22,6 +24,7 @@ import math
 import torch
 from torch import nn
 
+from models.base import WithAuxiliary
 from utils.activations import Activations
 from utils.eval import cross_entropy
 
@@ -62,6 +65,9 @@ def check_arguments(args, parser):
             parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what is compiled')
         for flag in sorted(getattr(module, 'FIRST_VALUES', set()) & args.given if args.resume else ()):
             parser.error(f'--{flag.replace("_", "-")} is where a new run begins; a resumed one goes on from what the checkpoint has')
+        mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
+        if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
+            parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a mixed image has two')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:
@@ -99,17 +105,24 @@ def build_head(args):
 def build_criterion(args, model):
     """(outputs, targets) -> scalar: cross-entropy, unless a method does without, plus the chosen methods' terms.
 
+    Where the network has auxiliary classifiers, their weighted cross-entropies are added, whatever the method.
     ValueError if a method asks for layers that `model` does not have.
     """
     weight = math.prod(_chosen(args, 'cross_entropy_weight'))
+    if args.label_smoothing and not weight:
+        raise ValueError('--label-smoothing does nothing without cross-entropy; give it a --cross-entropy-weight')
     terms = []
     for module in (METHODS[name] for name in args.method if hasattr(METHODS[name], 'loss_term')):
         layers = Activations(model, module.layers(args)).read if hasattr(module, 'layers') else list
         terms.append((module.loss_term(args), layers))
 
     def criterion(outputs, targets):
-        loss = weight * cross_entropy(outputs, targets) if weight else 0
-        return loss + sum(term(outputs, targets, layers()) for term, layers in terms)
+        auxiliary = 0
+        if isinstance(outputs, WithAuxiliary):
+            auxiliary = outputs.weight * sum(cross_entropy(logits, targets, args.label_smoothing) for logits in outputs.auxiliary)
+            outputs = outputs.outputs
+        loss = weight * cross_entropy(outputs, targets, args.label_smoothing) if weight else 0
+        return loss + sum(term(outputs, targets, layers()) for term, layers in terms) + auxiliary
 
     return criterion
 

@@ -5,6 +5,7 @@ import statistics
 import numpy as np
 import torch
 
+from utils import distributed
 from utils.eval import Meter, logits_of
 from utils.files import replacing, save_figure
 
@@ -22,8 +23,10 @@ class Predictions(Meter):
         self.targets.append(targets)
 
     def gathered(self):
-        """Probabilities (N, classes), float32, and targets (N,), NumPy arrays."""
-        return torch.cat(self.probabilities).cpu().numpy(), torch.cat(self.targets).cpu().numpy()
+        """Probabilities (N, classes), float32, and targets (N,) of the images of all processes, NumPy arrays."""
+        own = [(probabilities.cpu().numpy(), targets.cpu().numpy()) for probabilities, targets in zip(self.probabilities, self.targets)]
+        pairs = [pair for pairs in distributed.gathered(own) for pair in pairs]
+        return tuple(np.concatenate(arrays) for arrays in zip(*pairs))
 
 
 def of_classes(probabilities, targets):

@@ -1,0 +1,77 @@
+"""Trains in double precision, alone or under torchrun, and saves what came out: python in_processes.py OUT, started by test_distributed.py.
+
+Every run is of one epoch of a small network on random images, without reading any file.
+"""
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import cifar  # noqa: E402
+from models import cifar as models  # noqa: E402
+from utils import data, distributed, methods, options, training  # noqa: E402
+
+# 45 images in batches of 16 end with one of 13, whose parts of 4 are 4, 4 and 4, 1; of 37 the last 5 leave the second process none.
+GHOST = '--train-batch 16 --mini-batch 4 '
+RUNS = {
+    'plain': '', 'momentum, clipped': '--clip-norm 0.5 --nesterov', 'Adam': '--optimizer Adam --lr 0.001',
+    'accumulated': '--batch-multiplier 2', 'smoothed labels': '--label-smoothing 0.1',
+    'dma': '--method dma', 'lsoftmax': '--method lsoftmax --margin 2 --beta 5', 'large_margin': '--method large_margin --clip-norm 1',
+    'large_margin, exact': '--method large_margin --exact --top-k 2 --large-margin-layers input layer2 --cross-entropy-weight 1 --clip-norm 1',
+    'amp': '--method amp --epsilon 0.1', 'amp of all parameters, twice': '--method amp --epsilon 0.3 --perturbation global --inner-iter 2',
+    'amp, every pass counts': '--method amp --epsilon 0.1 --perturbed-statistics', 'dma amp': '--method dma amp --epsilon 0.1',
+    'smoothout': '--method smoothout --ss 0.01', 'smoothout, filters': '--method smoothout --ss 0.1 --adapt-type filter --smoothing-type anneal',
+    'lsoftmax smoothout': '--method lsoftmax smoothout --ss 0.01 --batch-multiplier 2',
+}
+# Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
+WHOLE = {
+    'a whole batch': '-a alexnet', 'whole batches, smoothout': '-a alexnet --method smoothout --ss 0.01 --batch-multiplier 2',
+    'a whole batch, amp': '-a alexnet --method amp --epsilon 0.1',
+}
+LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2'}
+
+
+def images_of(number):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (number, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return data.Split(pixels, torch.randint(10, (number,), generator=generator), list('0123456789'))
+
+
+def train(flags, number):
+    parser = cifar.make_parser()
+    args = parser.parse_args(['--epochs', '2', '--lr', '0.05', '--manualSeed', '3', *flags.split()])
+    methods.check_arguments(args, parser)
+    args.network = {} if args.arch == 'alexnet' else {'depth': 8}
+    options.settle(args, None, None, parser)
+    torch.manual_seed(args.seed)
+    model = models.build(args.arch, 10, methods.build_head(args), **args.network).double()
+    split = images_of(number)
+    mean, std = data.mean_and_std(split.images)
+    make = lambda size: data.Batches(split, mean, std, size, 'cpu', padding=4, flip=True)  # noqa: E731
+    batches, whole = make(args.train_batch * args.batch_multiplier), make(7)
+    for each in (batches, whole):
+        each.mean, each.std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    optimizer = methods.build_optimizer(args, model, len(batches))
+    criterion = methods.build_criterion(args, model)
+    trained = training.train(batches, distributed.parallel(model), criterion, optimizer, 0, args)
+    tested = training.test(whole, model, args)
+    weights = torch.cat([value.double().flatten() for value in model.state_dict().values()])
+    agree = len({tuple(each.tolist()) for each in distributed.gathered(weights)}) == 1
+    return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'trained': trained, 'tested': tested, 'agree': agree}
+
+
+def main():
+    distributed.start()
+    torch.set_num_threads(1)
+    results = {(name, number): train(GHOST + flags, number) for name, flags in RUNS.items() for number in (45, 37)}
+    results |= {(name, number): train('--train-batch 16 --no-augment ' + flags, number) for name, flags in WHOLE.items() for number in (45, 37)}
+    if distributed.active():
+        results |= {(name, number): train(GHOST + flags, number) for name, flags in LOCAL.items() for number in (45, 37)}
+    if distributed.is_first():
+        torch.save(results, sys.argv[1])
+    distributed.stop()
+
+
+if __name__ == '__main__':
+    main()

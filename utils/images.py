@@ -1,0 +1,218 @@
+"""Folders of images of any size, such as ImageNet: listed at the start, decoded and augmented by worker processes."""
+import contextlib
+import os
+import random
+import sys
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import data, distributed
+from utils.errors import UserError
+
+# torchvision is imported where it is used: it takes a second or more.
+
+IMAGENET_MEAN, IMAGENET_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of each channel, in units of 0..255
+AUTO_AUGMENTS = ('imagenet', 'randaugment', 'trivialaugment', 'augmix')
+
+
+class Folder(NamedTuple):
+    """paths: list of N file names. labels: int64 (N,). classes: list of names."""
+    paths: list
+    labels: torch.Tensor
+    classes: list
+
+    def subset(self, indices):
+        return Folder([self.paths[index] for index in indices], self.labels[indices], self.classes)
+
+    def class_counts(self):
+        """The number of images of each class, a list."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+
+def read_folders(root):
+    """{'train': `Folder`, 'val': `Folder`} of root/train/CLASS/* and root/val/CLASS/*; UserError if they do not fit together."""
+    folders = {part: read_folder(root, part) for part in ('train', 'val')}
+    differing = sorted(set(folders['train'].classes) ^ set(folders['val'].classes))
+    if differing:
+        raise UserError(f'{root}/train and {root}/val must have the same class folders, but only one of them has: '
+                        + _some(differing))
+    return folders
+
+
+def read_folder(root, part):
+    """The `Folder` of root/part/CLASS/*, classes in the order of their names. No image is read. UserError if one is missing."""
+    from torchvision.datasets import ImageFolder
+
+    path = os.path.join(root, part)
+    if not os.path.isdir(path):
+        raise UserError(f'images are expected at DIR/train/CLASS/*.jpg|png and DIR/val/CLASS/*.jpg|png, '
+                        f'but there is no folder {path}')
+    try:
+        listed = ImageFolder(path, allow_empty=True)
+    except FileNotFoundError as error:
+        raise UserError(f'{path} has no class folders; its images are expected at {path}/CLASS/*.jpg|png') from error
+    folder = Folder([name for name, _ in listed.samples], torch.tensor(listed.targets, dtype=torch.int64), listed.classes)
+    empty = [name for name, count in zip(folder.classes, folder.class_counts()) if count == 0]
+    if empty:
+        raise UserError(f'{path}: every class folder must have an image (jpg, png, ...), but there is none in {_some(empty)}')
+    return folder
+
+
+def _some(names, most=5):
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def training_transform(image_size, auto_augment=None, interpolation='bilinear', random_erase=0.0, mean=IMAGENET_MEAN):
+    """PIL image -> uint8 (3, image_size, image_size): cropped, scaled and mirrored at random.
+
+    auto_augment: None or one of `AUTO_AUGMENTS`. random_erase: how probable it is that a rectangle is set to the mean colour
+    (Zhong et al., arXiv 1708.04896); mean: that colour, in units of 0..255, which is rounded.
+    """
+    from torchvision.transforms import v2
+
+    mode = v2.InterpolationMode(interpolation)
+    augment = {
+        None: [],
+        'imagenet': [v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, mode)],  # Cubuk et al., arXiv 1805.09501
+        'randaugment': [v2.RandAugment(interpolation=mode)],  # Cubuk et al., arXiv 1909.13719
+        'trivialaugment': [v2.TrivialAugmentWide(interpolation=mode)],  # Mueller and Hutter, arXiv 2103.10158
+        'augmix': [v2.AugMix(interpolation=mode)],  # Hendrycks et al., arXiv 1912.02781
+    }[auto_augment]
+    erase = [v2.RandomErasing(random_erase, value=[float(round(value)) for value in mean])] if random_erase else []
+    return v2.Compose([v2.RandomResizedCrop(image_size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip(), *augment,
+                       v2.PILToTensor(), *erase])
+
+
+def evaluation_transform(image_size, resize, interpolation='bilinear'):
+    """PIL image -> uint8 (3, image_size, image_size): the centre of what is scaled to `resize` pixels on the shorter side."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.Resize(resize, v2.InterpolationMode(interpolation), antialias=True), v2.CenterCrop(image_size),
+                       v2.PILToTensor()])
+
+
+def mixing(mixup_alpha, cutmix_alpha, num_classes):
+    """MixUp (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or for each batch one of the two.
+
+    None if both alphas are 0 or None; otherwise a function of float images (batch, 3, height, width) and int64 labels (batch,)
+    that gives mixed images and float targets (batch, num_classes). An image is mixed with the one before it in the batch.
+    """
+    from torchvision.transforms import v2
+
+    mixes = [kind(alpha=float(alpha), num_classes=num_classes)
+             for kind, alpha in ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha)) if alpha]
+    return v2.RandomChoice(mixes) if len(mixes) == 2 else mixes[0] if mixes else None
+
+
+class ImageBatches:
+    """A `Folder` as normalised float batches (batch, 3, height, width) in channels_last on the device.
+
+    The face is that of `data.Batches`. Iterating gives it in order, each process some of the batches, whole, so that together
+    they see each image once. `shuffled(seed, epoch)` gives it shuffled, each process its share of each batch; what is drawn for
+    an image depends on (seed, epoch, its position in the epoch) alone: on no number of workers or processes, and not on `first`.
+
+    mean, std: of each channel, in units of 0..255. transform: a function of a PIL image that gives a uint8 tensor
+    (3, height, width), always of the same size. workers: the number of processes that read; 0: this one does.
+    mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's number) alone.
+
+    Files that cannot be read are left out, and are in `skipped` (path -> reason) then; UserError instead if `strict`.
+    """
+
+    def __init__(self, folder, mean, std, batch_size, device, transform, workers=1, mix=None, strict=False):
+        self.folder, self.batch_size, self.device = folder, batch_size, torch.device(device)
+        self.num_classes, self.class_counts = len(folder.classes), folder.class_counts()
+        self.labels = folder.labels.to(device)
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
+        self.transform, self.workers, self.mix, self.strict, self.skipped = transform, workers, mix, strict, {}
+
+    def __len__(self):
+        """The number of batches of all processes together."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def images_in(self, number):
+        """How many images batch `number` has, in all processes together and with those that cannot be read."""
+        return min(self.batch_size, len(self.labels) - number * self.batch_size)
+
+    def __iter__(self):
+        images = len(self.labels)
+        batches = [slice(begin, min(begin + self.batch_size, images)) for begin in range(0, images, self.batch_size)]
+        mine = batches[distributed.rank()::distributed.world_size()]
+        return self._loaded(DecodedBatches(self.folder, torch.arange(images), mine, self.transform, seeds=(0, 0)))
+
+    def shuffled(self, seed, epoch, first=0):
+        """This process's share, perhaps an empty one, of each batch from number `first` on."""
+        images = len(self.labels)
+        order = torch.randperm(images, generator=data.seeded_generator(seed, epoch))
+        shares = distributed.shares(images, self.batch_size, first)
+        return self._loaded(DecodedBatches(self.folder, order, shares, self.transform, (seed, epoch), self.mix, first))
+
+    def _loaded(self, batches):
+        workers = min(self.workers, len(batches))
+        processes = {'num_workers': workers, 'worker_init_fn': data._ignore_signals,
+                     'multiprocessing_context': 'fork' if sys.platform == 'linux' else None} if workers else {}
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, pin_memory=self.device.type == 'cuda',
+                                             generator=data.seeded_generator(*batches.seeds), **processes)
+        for images, targets, failures in loader:
+            self.skipped.update(failures)
+            if failures and self.strict:
+                path, reason = failures[0]
+                raise UserError(f'{path} cannot be read as an image ({reason}); mend or remove it, '
+                                'or leave --strict away to skip it')
+            yield self.normalise(images), targets.to(self.device, non_blocking=True)
+
+    def normalise(self, images):
+        """uint8, or mixed and so float, (batch, 3, height, width) in 0..255 -> float, normalised, in channels_last."""
+        images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+class DecodedBatches(torch.utils.data.Dataset):
+    """Of each slice of `order`: images uint8 (batch, 3, height, width), labels int64 (batch,), list of (path, reason) not read.
+
+    With `mix` images and targets are what it gives of them. `first` is the number of the first batch.
+    """
+
+    def __init__(self, folder, order, slices, transform, seeds, mix=None, first=0):
+        self.folder, self.order, self.slices, self.transform = folder, order, slices, transform
+        self.seeds, self.mix, self.first = seeds, mix, first
+
+    def __len__(self):
+        return len(self.slices)
+
+    def __getitem__(self, item):
+        images, labels, failures, part = [], [], [], self.slices[item]
+        with random_state_kept(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', module='PIL')  # odd EXIF data, a palette with transparency: it is read all the same
+            for position, index in enumerate(self.order[part].tolist(), part.start):
+                try:
+                    image = data.open_image(self.folder.paths[index])
+                except ValueError as error:
+                    failures.append((self.folder.paths[index], str(error)))
+                    continue
+                data.seed_everything(self.seeds, position)
+                images.append(self.transform(image))
+                labels.append(self.folder.labels[index])
+            if images:
+                images, labels = torch.stack(images), torch.stack(labels)
+            else:  # of no images, but of their size
+                images, labels = self.transform(Image.new('RGB', (32, 32)))[None][:0], self.folder.labels[:0]
+            if self.mix:
+                data.seed_everything(self.seeds, self.first + item, 1)  # the 1: not what the image of that position drew
+                images, labels = self.mix(images.float(), labels)
+        return images, labels, failures
+
+
+@contextlib.contextmanager
+def random_state_kept():
+    """The program's random state is after the block what it was before: without workers it is the main process that draws."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
