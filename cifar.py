@@ -90,7 +90,7 @@ def main():
         options.check_batch(args, known.train_size)
         checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
-    model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
+    model = build(args, network)
     if state:
         checkpoint.load_model(model, state, network, args.resume, to_test=args.evaluate)
     model.to(device, memory_format=torch.channels_last)
@@ -116,10 +116,16 @@ def main():
     training.complete(args, state, model, optimizer, batches)
 
 
+def build(args, network):
+    """The network that `network` describes, with the head of the chosen method."""
+    own = {name: value for name, value in network.items() if name in models.OPTION_FLAGS}
+    return models.build(args.arch, network['num_classes'], methods.build_head(args), **own)
+
+
 def rehearse(args, network):
     """A pass over images without content: a loss that cannot work is refused before an image is read or a file written."""
     if args.method and not args.evaluate:
-        model = models.build(args.arch, network['num_classes'], methods.build_head(args), **args.network)
+        model = build(args, network)
         inputs, targets = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
         try:
             methods.build_criterion(args, model)(model(inputs, targets), targets)
@@ -143,6 +149,12 @@ def load_split(args, part, classes=None):
         raise UserError(f'{args.resume} knows the classes {" ".join(classes[:10])}, but {args.dataset} has '
                         f'{" ".join(split.classes[:10])}')
     return split
+
+
+def load_part(args, state, part):
+    """The 'train', 'test' or 'val' images of the run that `state` is of."""
+    split = load_split(args, 'test' if part == 'test' else 'train', state['classes'])
+    return split if part == 'test' else conditions.apply(args, split)[part == 'val']
 
 
 def load_batches(args, state, transforms, device):

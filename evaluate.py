@@ -1,4 +1,4 @@
-"""What a checkpoint of cifar.py can do: loss and accuracy, by class too, calibration; under noise on its weights; under attack.
+"""What a checkpoint can do: loss and accuracy, by class too, calibration; under noise on its weights; under attack.
 
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --ss 0.01 --draws 10
@@ -11,7 +11,6 @@ import fractions
 import math
 import os
 
-import cifar
 import smoothout
 from utils import data, metrics, trained, training
 from utils.arguments import Parser, number
@@ -56,7 +55,7 @@ def parse_arguments():
 
 def main():
     args, subject = parse_arguments()
-    if args.attack and cifar.input_transform(subject.args, subject.model):
+    if args.attack and subject.script.input_transform(subject.args, subject.model):
         raise UserError(f'--attack needs to know the pixels, and {subject.path} has a model that transforms its images itself; '
                         'give --no-augment to evaluate it on the images as they are')
     batches = trained.images_of(subject, args.mode, args)

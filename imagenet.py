@@ -98,8 +98,13 @@ def main():
     args, state = parse_arguments()
     folders = {'val': images.read_folder(args.data, 'val')} if args.evaluate else images.read_folders(args.data)
     classes = folders['val'].classes
-    if state and state['classes'] != classes:
-        raise UserError(f'{args.resume} knows the classes {" ".join(state["classes"][:10])}, but {args.data} has {" ".join(classes[:10])}')
+    if state:
+        check_classes(args, state, classes)
+    elif args.evaluate:
+        known = len(models.default_weights(args.arch).meta['categories'])
+        if known != len(classes):
+            raise UserError(f"--evaluate --pretrained tests torchvision's weights of {args.arch}, which know {known} classes, but {args.data} "
+                            f'has {len(classes)}')
     network = {'arch': args.arch, **args.network, 'num_classes': len(classes)}
     if not args.evaluate:
         options.check_batch(args, len(folders['train'].paths))
@@ -136,7 +141,8 @@ def build(args, network, pretrained=False):
     """The network that `network` describes; the first process of a machine downloads its weights."""
     try:
         with distributed.first_on_each_machine():
-            return models.build(args.arch, network['num_classes'], methods.build_head(args), pretrained, preset(args)['size'], **args.network)
+            return models.build(args.arch, network['num_classes'], methods.build_head(args), pretrained, preset(args)['size'],
+                                **{name: value for name, value in network.items() if name in models.OPTION_FLAGS})
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -159,6 +165,27 @@ def rehearse(args, model, leaves_one):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--arch {args.arch} cannot take images of {size} pixels ({" ".join(str(error).split())[:200]}); '
                         'give another --image-size') from error
+
+
+def input_transform(args, model):
+    """None of these networks brings transforms of its own."""
+    return {}
+
+
+def uses_workers(args, model):
+    return True
+
+
+def load_part(args, state, part):
+    """The 'train' or 'test' images of the run that `state` is of."""
+    folder = images.read_folder(args.data, 'val' if part == 'test' else part)
+    check_classes(args, state, folder.classes)
+    return folder
+
+
+def check_classes(args, state, classes):
+    if state['classes'] != classes:
+        raise UserError(f'{args.resume} knows the classes {" ".join(state["classes"][:10])}, but {args.data} has {" ".join(classes[:10])}')
 
 
 def make_batches(args, state, part, folder, transforms, device):

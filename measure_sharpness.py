@@ -1,4 +1,4 @@
-"""Numbers for how sharp the minimum is that a checkpoint of cifar.py lies in.
+"""Numbers for how sharp the minimum is that a checkpoint lies in.
 
     python measure_sharpness.py FILE [FILE ...]                         Keskar's sharpness of each
     python measure_sharpness.py FILE [FILE ...] --all --images 5000     everything below, on 5000 training images

@@ -1,4 +1,4 @@
-"""Draw how loss and accuracy change around checkpoints of cifar.py, on the training and the test images.
+"""Draw how loss and accuracy change around checkpoints, on the training and the test images.
 
     python visualize_sharpness.py FIRST SECOND                  along (1 - alpha) FIRST + alpha SECOND
     python visualize_sharpness.py FILE --directions 5           along random filter-normalised directions, FILE at alpha 0
@@ -132,9 +132,9 @@ def scan(args, group, images, title):
         kind, name = {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}, args.kind
     settings = {'kind': args.kind, 'checkpoints': [trained.description(subject) for subject in group], **kind, 'update_bn': args.update_bn,
                 'precision': group[0].args.precision, 'images': {part: trained.describe_images(batches) for part, batches in images.items()}}
-    quantities = [f'{part} {quantity}'.lower() for part in images for quantity in quantities(len(group[0].state['classes']))]
+    columns = [f'{part} {quantity}'.lower() for part in images for quantity in quantities(len(group[0].state['classes']))]
     stem = f'{trained.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
-    table = Scan(stem, settings, AXES[args.kind] + quantities, len(AXES[args.kind]), args.overwrite)
+    table = Scan(stem, settings, AXES[args.kind] + columns, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]
     try:
         with ProgressLine(title, len(missing), unit='point') as bar:
@@ -144,7 +144,7 @@ def scan(args, group, images, title):
                     buffers = landscapes[0].estimated_buffers(args.training_images, weights)
                 values = [value for landscape in landscapes for value in landscape.measure(weights, buffers).values()]
                 table.append(point, values)
-                bar.advance(f'{quantities[0]} {values[0]:.4g}')
+                bar.advance(f'{columns[0]} {values[0]:.4g}')
     except Stopped as stop:
         done = sum(point in table.rows for point in points(args))
         stop.sentence = f'Stopped; {done} of {len(points(args))} points are in {table.path}. The same command goes on.'

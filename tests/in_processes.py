@@ -26,8 +26,8 @@ RUNS = {
 }
 # Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
 WHOLE = {
-    'a whole batch': '-a alexnet', 'whole batches, smoothout': '-a alexnet --method smoothout --ss 0.01 --batch-multiplier 2',
-    'a whole batch, amp': '-a alexnet --method amp --epsilon 0.1',
+    'a whole batch': '-a lenet', 'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 --batch-multiplier 2',
+    'a whole batch, amp': '-a lenet --method amp --epsilon 0.1',
 }
 LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2'}
 
@@ -42,7 +42,7 @@ def train(flags, number):
     parser = cifar.make_parser()
     args = parser.parse_args(['--epochs', '2', '--lr', '0.05', '--manualSeed', '3', *flags.split()])
     methods.check_arguments(args, parser)
-    args.network = {} if args.arch == 'alexnet' else {'depth': 8}
+    args.network = {} if args.arch == 'lenet' else {'depth': 8}
     options.settle(args, None, None, parser)
     torch.manual_seed(args.seed)
     model = models.build(args.arch, 10, methods.build_head(args), **args.network).double()
@@ -64,10 +64,11 @@ def train(flags, number):
 def main():
     distributed.start()
     torch.set_num_threads(1)
-    results = {(name, number): train(GHOST + flags, number) for name, flags in RUNS.items() for number in (45, 37)}
-    results |= {(name, number): train('--train-batch 16 --no-augment ' + flags, number) for name, flags in WHOLE.items() for number in (45, 37)}
+    results = {name: train(GHOST + flags, 37) for name, flags in RUNS.items()}
+    results |= {name: train('--train-batch 16 ' + flags, 37) for name, flags in WHOLE.items()}
+    results |= {f'{name}, 45 images': train(GHOST + RUNS[name], 45) for name in ('plain', 'lsoftmax smoothout')}
     if distributed.active():
-        results |= {(name, number): train(GHOST + flags, number) for name, flags in LOCAL.items() for number in (45, 37)}
+        results |= {name: train(GHOST + flags, 37) for name, flags in LOCAL.items()}
     if distributed.is_first():
         torch.save(results, sys.argv[1])
     distributed.stop()

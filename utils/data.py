@@ -270,6 +270,7 @@ class Batches:
         self.images, self.labels = split.images.to('cpu' if transform else device), split.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
         self.padding, self.flip, self.cutout, self.transform, self.workers = padding, flip, cutout, transform, workers
+        self.augments = bool(padding or flip or cutout or transform)  # in `shuffled`; or may do so, as nobody knows a transform
 
     def __len__(self):
         return -(-len(self.labels) // self.batch_size)

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,34 @@ def start():
             raise UserError(f'torchrun started process {local_rank() + 1} on this machine, which has {torch.cuda.device_count()} '
                             'CUDA devices; give --nproc-per-node as many as there are devices')
         torch.cuda.set_device(local_rank())
-    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    store, number, processes = next(dist.rendezvous('env://'))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=_of_this_start(store, number, processes), rank=number,
+                            world_size=processes)
     if not is_first():
         sys.stdout = open(os.devnull, 'w')
+
+
+def _of_this_start(store, number, processes):
+    """A part of `store` that is new and the same for all processes.
+
+    torchrun keeps one store over all of its restarts (PyTorch 2.14), and what a killed process had left there would be taken for
+    that of its successor. So each process asks with a word of its own, and the first one answers those that are alive.
+    """
+    if number > 0:
+        word = uuid.uuid4().hex
+        store.set(f'hello {number}', word)
+        name = store.get(f'welcome {word}').decode()  # waits for it
+        store.add(f'{name} joined', 1)
+    else:
+        name, answered = uuid.uuid4().hex, set()
+        while store.add(f'{name} joined', 0) < processes - 1:
+            for other in range(1, processes):
+                word = store.get(f'hello {other}').decode() if store.check([f'hello {other}']) else None
+                if word and word not in answered:
+                    store.set(f'welcome {word}', name)
+                    answered.add(word)
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def started_by_torchrun():

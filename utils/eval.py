@@ -72,7 +72,7 @@ class Meter:
             sizes = torch.zeros_like(self.losses)
             sizes[:len(self.sizes)] = torch.tensor(self.sizes, dtype=sizes.dtype, device=sizes.device)
             self.losses, sizes = distributed.total(torch.stack((self.losses, sizes)))
-            self.sizes = sizes.tolist()
+            self.sizes = sizes.tolist()[:max(distributed.gathered(len(self.sizes)))]
             distributed.total(self.correct)
 
     def state(self):

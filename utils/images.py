@@ -128,6 +128,7 @@ class ImageBatches:
         self.labels = folder.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
         self.transform, self.workers, self.mix, self.strict, self.skipped = transform, workers, mix, strict, {}
+        self.augments = True  # or may do so, as nobody knows the transform
 
     def __len__(self):
         """The number of batches of all processes together."""

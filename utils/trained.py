@@ -1,21 +1,23 @@
-"""What a checkpoint of cifar.py knows: its network, ready to evaluate, and the images it was trained and tested on."""
+"""What a checkpoint of cifar.py or imagenet.py knows: its network, ready to evaluate, and the images it was trained and tested on."""
+import importlib
 import os
 import zlib
 from typing import NamedTuple
 
 import torch
 
-import cifar
 import smoothout
-from models import cifar as models
-from utils import checkpoint, conditions, data, device as devices, methods
+from utils import checkpoint, data, device as devices
 from utils.arguments import number
 from utils.errors import UserError
 from utils.landscape import Landscape
 
+SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}  # imported when they are needed, as torchvision takes a second or more
+
 
 class Trained(NamedTuple):
     path: str
+    script: object  # the module that trained it
     state: dict  # the checkpoint
     args: object  # the flags of its run, with those of this script in their place
     model: torch.nn.Module  # on the device, in evaluation
@@ -67,33 +69,38 @@ def open_checkpoint(path, args, parser):
     """A `Trained`; `args` are the flags of `add_arguments`. Whatever of these does not fit the checkpoint ends the script."""
     state = checkpoint.read(path)
     check_folder(os.path.dirname(stem(args, path)))
-    asked = cifar.make_parser().parse_args([], defaults=state['args'])
+    if state['script'] not in SCRIPTS:
+        raise UserError(f'{path} is a checkpoint of {state["script"]}, not of {" or ".join(SCRIPTS)}')
+    script = importlib.import_module(SCRIPTS[state['script']])
+    asked = script.make_parser().parse_args([], defaults=state['args'])
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
         if getattr(args, name) is not None:
+            if not hasattr(asked, name):
+                parser.error(f'--{name} is not used by {path}, a checkpoint of {state["script"]}')
             setattr(asked, name, getattr(args, name))
     if args.arch not in (None, state['network']['arch']):
         raise UserError(f'{path} holds the architecture {state["network"]["arch"]}, but --arch {args.arch} was given')
-    if 'data' in args.given and asked.dataset == 'digits':
+    if 'data' in args.given and getattr(asked, 'dataset', None) == 'digits':
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     modes = [args.mode] if isinstance(args.mode, str) else args.mode
     looks_at_training = 'train' in modes or getattr(args, 'update_bn', False)
-    if 'val' in modes and not asked.val_split:
+    if 'val' in modes and not getattr(asked, 'val_split', None):
         parser.error(f'--mode val needs a run with --val-split, and {path} is of one without')
-    asked.resume, asked.network = path, {name: value for name, value in state['network'].items() if name in models.OPTION_FLAGS}
+    asked.resume, asked.mixup, asked.cutmix = path, 0, 0  # what is mixed has no class to be right about
     asked.train_batch, asked.batch_multiplier = asked.test_batch, 1
     device = devices.set_up(asked)
-    model = models.build(asked.arch, len(state['classes']), methods.build_head(asked), **asked.network)
-    checkpoint.load_model(model, state, state['network'], path)
+    model = script.build(asked, state['network'])
+    checkpoint.load_model(model, state, state['network'], path, to_test=True)
     if args.no_augment:
-        if not looks_at_training and not cifar.input_transform(asked, model):
+        if not looks_at_training and not script.input_transform(asked, model):
             parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
         asked.no_augment, asked.cutout, asked.autoaugment = True, 0, False
-    if 'workers' in args.given and not cifar.uses_workers(asked, model):
+    if 'workers' in args.given and not script.uses_workers(asked, model):
         parser.error('--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
     if getattr(args, 'perturb_batch_norm', False) and not smoothout.batch_norm_parameters(model):
         parser.error(f'--perturb-batch-norm is not used by {path}, a network without BatchNorm')
     model.to(device, torch.float64 if asked.precision == 'fp64' else None, memory_format=torch.channels_last)
-    return Trained(path, state, asked, model.eval(), device)
+    return Trained(path, script, state, asked, model.eval(), device)
 
 
 def check_folder(folder):
@@ -111,23 +118,19 @@ def check_alike(subjects):
     for other in others:
         if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
             raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be compared')
-        if any(cifar.input_transform(one.args, one.model) for one in (first, other)):
+        if any(one.script.input_transform(one.args, one.model) for one in (first, other)):
             raise UserError('a network that transforms its images itself cannot be compared with another; give --no-augment')
 
 
 def images_of(trained, part, args):
     """The 'train', 'test' or 'val' images of a checkpoint's run in batches, the same whenever one goes over them."""
-    asked = trained.args
-    split = cifar.load_split(asked, 'test' if part == 'test' else 'train', trained.state['classes'])
-    if part != 'test':
-        train, val = conditions.apply(asked, split)
-        split = train if part == 'train' else val
+    asked, script = trained.args, trained.script
+    split = script.load_part(asked, trained.state, part)
     if args.images and args.images < len(split.labels):
         chosen = torch.randperm(len(split.labels), generator=data.seeded_generator(args.seed))[:args.images]
         split = split.subset(chosen.sort().values)
-    transforms = cifar.input_transform(asked, trained.model)
-    batches = cifar.make_batches(asked, trained.state, part, split, transforms, trained.device)
-    if batches.padding or batches.flip or batches.cutout or part == 'train' and batches.transform:
+    batches = script.make_batches(asked, trained.state, part, split, script.input_transform(asked, trained.model), trained.device)
+    if part == 'train' and batches.augments and not asked.no_augment:
         return data.Recorded(batches, batches.shuffled(args.seed, 0))
     return data.Recorded(batches, batches) if batches.transform else batches
 
