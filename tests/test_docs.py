@@ -10,6 +10,7 @@ import types
 import pytest
 
 import cifar
+import imagenet
 from utils import methods, trained
 from utils.logger import read_log
 
@@ -19,10 +20,20 @@ COMMANDS = sorted({re.split(r'\s{2,}#|`| \|', command.replace('\\\n', ' '))[0].s
                    for command in re.findall(r'python cifar\.py((?:[^\n`\\]|\\\n)*)', TEXT)})
 
 
+IMAGENET = sorted({re.split(r'\s{2,}#|`| \|', command.replace('\\\n', ' '))[0].strip(' "&')
+                   for command in re.findall(r'(?:python|torchrun[^`]*?) imagenet\.py( -(?:[^\n`\\]|\\\n)*)', TEXT)})
+
+
 @pytest.mark.parametrize('command', [command for command in COMMANDS if 'resume' not in command and 'help' not in command])
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(command)])
     cifar.parse_arguments()
+
+
+@pytest.mark.parametrize('command', IMAGENET)
+def test_every_command_of_imagenet_is_understood(command, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['imagenet.py', *shlex.split(command)])
+    imagenet.parse_arguments()
 
 
 LAB = re.findall(r'^ +python ((?:evaluate|visualize_sharpness|measure_sharpness)\.py [^\n#]*?)(?:\s{2,}.*)?$',
@@ -38,7 +49,7 @@ def test_every_command_that_looks_at_checkpoints_is_understood(command, monkeypa
 
 
 def test_the_commands_were_found():
-    assert len(LAB) >= 7
+    assert len(LAB) >= 7 and len(IMAGENET) >= 14
     assert len(COMMANDS) > 20 and any('--method dma' in command for command in COMMANDS)
 
 
