@@ -111,7 +111,7 @@ def main():
         raise UserError(f'--arch {args.arch} has batch norm on vectors, which {problem}')
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
-        checkpoint.check_position(state, len(batches['train']), args.resume)
+        checkpoint.check_position(state, len(batches['train']), args)
         checkpoint.load_optimizer(optimizer, state, args.resume)
     training.complete(args, state, model, optimizer, batches)
 

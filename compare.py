@@ -1,10 +1,11 @@
-"""Compare runs of cifar.py: one row per setting, over all of its seeds.
+"""Compare runs of cifar.py, or of imagenet.py: one row per setting, over all of its seeds.
 
     python compare.py checkpoints/*
     python compare.py checkpoints --markdown --plot curves.png      # every run below checkpoints/
 """
 import collections
 import csv
+import importlib
 import json
 import math
 import os
@@ -13,15 +14,16 @@ import statistics
 import sys
 from typing import NamedTuple
 
-import cifar
 from utils import methods
 from utils.arguments import Parser
 from utils.errors import UserError, run
 from utils.files import save_figure
 from utils.metrics import plus_minus, spread
+from utils.trained import SCRIPTS
 
 # Flags that do not change what is computed; and --coef, which is short for a method's own flag that has the value.
-IGNORED = {'checkpoint', 'overwrite', 'resume', 'evaluate', 'seed', 'gpu_id', 'workers', 'test_batch', 'deterministic', 'coef'}
+IGNORED = {'checkpoint', 'overwrite', 'resume', 'evaluate', 'seed', 'gpu_id', 'workers', 'test_batch', 'deterministic', 'coef',
+           'checkpoint_every', 'strict'}
 # Column -> format of its number. Of those in SECOND there are two: the mean, and what is called so.
 COLUMNS = {'setting': '', 'n': 'd', 'last epoch': '.2f', 'chosen by validation': '.2f', 'best, chosen by test set': '.2f',
            'at epoch': '.1f', 'difference': '+.2f', 'parameters (M)': '.2f', 'seconds per epoch': '.1f'}
@@ -48,10 +50,11 @@ class Run(NamedTuple):
 
 
 class Flags:
-    """What cifar.py knows of its flags, by their names in args.json and in the order of --help."""
+    """What a script knows of its flags, by their names in args.json and in the order of --help."""
 
-    def __init__(self):
-        parser = cifar.make_parser()
+    def __init__(self, script='cifar.py'):
+        self.script = script
+        parser = importlib.import_module(SCRIPTS[script]).make_parser()
         defaults = vars(parser.parse_args([]))
         self.spelling = {action.dest: next(word for word in action.option_strings if word.startswith('--'))
                          for action in parser._actions if action.dest in defaults}
@@ -66,12 +69,12 @@ class Flags:
         values = {**self.defaults, **known, **args.get('as given', {})}
         order = [*self.of_method, *values['method']]  # `--method amp dma` is `--method dma amp`
         values['method'] = sorted(values['method'], key=order.index)
-        unused = IGNORED if values['dataset'] == 'folder' else IGNORED | {'data'}
+        unused = IGNORED if values.get('dataset', 'folder') == 'folder' else IGNORED | {'data'}
         unused = unused.union(*(flags for name, flags in self.of_method.items() if name not in values['method']))
         return {name: hashable(value) for name, value in values.items() if name not in unused}
 
     def names(self, settings):
-        """All flags, and behind them those in `settings` that cifar.py does not know any more."""
+        """All flags, and behind them those in `settings` that the script does not know any more."""
         return [*self.defaults, *sorted(set().union(*settings) - set(self.defaults))]
 
     def without_methods(self, setting):
@@ -95,7 +98,7 @@ def hashable(value):
 
 def parse_arguments():
     parser = Parser(prog='compare.py', usage='python compare.py checkpoints/* [flags]',
-                    description='One row per setting, over all of its seeds, from the folders that cifar.py writes.')
+                    description='One row per setting, over all of its seeds, from the folders that cifar.py and imagenet.py write.')
     parser.add_argument('folders', nargs='*', metavar='DIR', help='runs, or folders with runs somewhere below them')
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--markdown', action='store_true', help='print a Markdown table')
@@ -110,8 +113,10 @@ def parse_arguments():
 
 
 def main():
-    args, flags = parse_arguments(), Flags()
-    runs, others = read_runs(find_runs(args.folders), flags)
+    args = parse_arguments()
+    folders = find_runs(args.folders)
+    flags = Flags(next(filter(None, map(script_of, folders)), 'cifar.py'))
+    runs, others = read_runs(folders, flags)
     notes = sys.stderr if args.csv else sys.stdout
     if not runs:
         print(*others, sep='\n', file=notes, flush=True)
@@ -153,6 +158,9 @@ def read_runs(folders, flags):
     """(finished runs, a line about each other one)."""
     runs, others = {}, []
     for folder in folders:
+        if script_of(folder) not in (None, flags.script):
+            others.append(f'left out: {folder} (of {script_of(folder)}, and others are of {flags.script})')
+            continue
         try:
             one = read_run(folder, flags)
             first = runs.setdefault((frozenset(one.setting.items()), one.seed), one)
@@ -165,6 +173,15 @@ def read_runs(folders, flags):
         except (KeyError, TypeError, AttributeError) as error:  # a list where a number should be, and the like
             others.append(f'broken: {folder} (args.json or result.json is not as cifar.py writes it: {error})')
     return list(runs.values()), others
+
+
+def script_of(folder):
+    """The script that a run is of, or None if its args.json cannot tell."""
+    try:
+        script = read_json(folder, 'args.json').get('script', 'cifar.py')  # the only one when it was not yet written down
+    except (OSError, ValueError, AttributeError):
+        return None
+    return script if script in SCRIPTS else None
 
 
 def read_run(folder, flags):

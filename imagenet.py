@@ -132,7 +132,7 @@ def main():
     batches = {part: make_batches(args, state, part, folders[folder], {}, device) for part, folder in (('train', 'train'), ('test', 'val'))}
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
-        checkpoint.check_position(state, len(batches['train']), args.resume)
+        checkpoint.check_position(state, len(batches['train']), args)
         checkpoint.load_optimizer(optimizer, state, args.resume)
     training.complete(args, state, model, optimizer, batches)
 

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+import imagenet
+from helpers import call, refused
 from utils import distributed
 from utils.logger import read_log
 
@@ -103,7 +105,7 @@ def test_shares_together_are_the_batches(images, of_each, processes, first):
     assert all(len(share) <= of_each for batch in zip(*shares) for share in batch)
 
 
-def test_a_killed_worker_is_started_again_and_the_end_is_the_same(folder, tmp_path):
+def test_a_killed_worker_is_started_again_and_the_end_is_the_same(folder, tmp_path, monkeypatch, capsys):
     flags = (f'--data {folder} {NETWORK} --epochs 2 --method dma smoothout --ss 0.01 --ema 0.9 --mixup 0.2 --checkpoint-every 2 '
              '--resume auto --deterministic')
     # 42 files are 6 batches; after 9 steps, the third of the second epoch, the last checkpoint is of 8.
@@ -131,20 +133,23 @@ def test_a_killed_worker_is_started_again_and_the_end_is_the_same(folder, tmp_pa
     confusion = (tmp_path / 'undisturbed' / 'confusion.csv').read_text().splitlines()[1:]
     assert [sum(map(int, row.split(',')[1:])) for row in confusion] == [5, 4, 4]
 
-    alone = start(0, 'imagenet.py', f'--evaluate --data {folder} -j 0 --resume {tmp_path}/undisturbed/checkpoint.pth.tar')
-    together = start(2, 'imagenet.py', f'--evaluate --data {folder} -j 0 --resume {tmp_path}/undisturbed/checkpoint.pth.tar')
-    words = [re.search(r'test loss ([\d.]+) top-1 ([\d.]+)%', finish(process)[0]).groups() for process in (alone, together)]
-    assert words[0] == words[1] and float(words[0][1]) == pytest.approx(logs[0]['Test Top-1'][-1], abs=0.01)
+    call(monkeypatch, imagenet, f'--evaluate --data {folder} -j 0 --resume {tmp_path}/undisturbed/checkpoint.pth.tar')
+    loss, top1 = re.search(r'test loss ([\d.]+) top-1 ([\d.]+)%', capsys.readouterr().out).groups()
+    assert float(top1) == pytest.approx(logs[0]['Test Top-1'][-1], abs=0.01) and float(loss) == pytest.approx(logs[0]['Test Loss'][-1], abs=1e-4)
 
 
 def test_a_mistake_is_said_once_and_ends_all_processes(tmp_path):
-    asked = [start(2, 'cifar.py', flags) for flags in (f'-d digits --depth 20 --train-batch 33 -c {tmp_path}/run',
-                                                       f'-d folder --data {tmp_path}/nowhere -c {tmp_path}/run')]
-    for process, sentence in zip(asked, ('2 processes cannot share --train-batch, which is 33; give a multiple of 2', 'there is no folder')):
-        stdout, stderr = finish(process, status=1)
-        own = [line for line in stderr.splitlines() if 'error: ' in line and 'torch' not in line]
-        assert len(own) == 1 and sentence in own[0] and stdout == ''
+    stdout, stderr = finish(start(2, 'cifar.py', f'-d folder --data {tmp_path}/nowhere -c {tmp_path}/run'), status=1)
+    own = [line for line in stderr.splitlines() if line.startswith('error: ')]
+    assert len(own) == 1 and f'there is no folder {tmp_path}/nowhere/train' in own[0] and stdout == ''
     assert not (tmp_path / 'run').exists()
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(distributed, 'world_size', lambda: 3)
+    for flags, sentence in (('--train-batch 128', '3 processes cannot share --train-batch, which is 128; give a multiple of 3'),
+                            ('--train-batch 96 --mini-batch 48', 'does not divide the 32 images that each of 3 processes has')):
+        assert sentence in refused(monkeypatch, capsys, tmp_path, f'-d digits {flags}')
 
 
 def test_cifar_trains_in_two_processes(tmp_path):

@@ -400,9 +400,11 @@ def test_a_checkpoint_of_the_middle_of_an_epoch_needs_the_same_batches(root, mon
     flags = f'{TINY} -d {root} --checkpoint-every 1'
     stopped(monkeypatch, f'{flags} -c {tmp_path}/run', 0, 2)
     before = contents(tmp_path / 'run')
-    with pytest.raises(UserError) as error:
-        call(monkeypatch, imagenet, f'--resume {tmp_path}/run/checkpoint.pth.tar --train-batch 8')
-    assert str(error.value).startswith(f'{tmp_path}/run/checkpoint.pth.tar is of the middle of an epoch of 3 batches, and this run has 6; ')
+    for batch, now in ((8, '6 of 8'), (15, '3 of 15')):  # the second has as many batches, and other images in them
+        with pytest.raises(UserError) as error:
+            call(monkeypatch, imagenet, f'--resume {tmp_path}/run/checkpoint.pth.tar --train-batch {batch}')
+        assert str(error.value).startswith(f'{tmp_path}/run/checkpoint.pth.tar is of the middle of an epoch of 3 batches of 14 images, '
+                                           f'and this run has {now}; ')
     assert contents(tmp_path / 'run') == before
 
 
@@ -585,3 +587,20 @@ def test_a_single_image_is_no_trouble_where_batch_norm_has_more_values(root, mon
     monkeypatch.setattr(training, 'report', lambda *args: None)
     call(monkeypatch, imagenet, f'{SMALL} --image-size 64 --lr 0.001 --train-batch 41 -d {root} -c {tmp_path}')
     assert read_log(tmp_path / 'log.txt')['Epoch'] == [1]
+
+
+def test_the_same_command_goes_on_although_it_names_the_first_epoch(root, monkeypatch, tmp_path):
+    flags = f'{TINY} -d {root} --start-epoch 1 --epochs 3 --resume auto -c {tmp_path}/run'
+    stopped(monkeypatch, flags, 2, 1)
+    call(monkeypatch, imagenet, flags)
+    assert load(tmp_path / 'run')['epoch'] == 3 and read_log(tmp_path / 'run' / 'log.txt')['Epoch'] == [2, 3]
+
+
+def test_a_part_without_any_image_that_can_be_read_ends_the_run(root, monkeypatch, tmp_path):
+    for part in ('train', 'val'):
+        folder = tmp_path / part
+        shutil.copytree(root, folder)
+        for image in (folder / part).glob('*/*'):
+            image.write_bytes(b'not an image')
+        with pytest.raises(UserError, match=f'none of the images to {"train" if part == "train" else "test"} on can be read'):
+            call(monkeypatch, imagenet, f'{TINY} -d {folder} -c {tmp_path}/run-{part}')

@@ -44,13 +44,14 @@ def _is_in(folder, path):
     return bool(path) and os.path.samefile(os.path.dirname(path) or '.', folder)
 
 
-def enter_folder(folder, resume, overwrite):
+def enter_folder(folder, resume, overwrite, finished=False):
     """The first writing to `folder`: drop what is to be overwritten, take along the best epoch of a run resumed from elsewhere.
 
+    finished: nothing is left to train, so that the result of a run that goes on in its folder stays until there is another.
     UserError if another run has entered the folder since it was checked.
     """
     going_on = _is_in(folder, resume)
-    for name in [RESULT] if going_on else RESULTS if overwrite else []:
+    for name in [RESULT] * (not finished) if going_on else RESULTS if overwrite else []:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
     if going_on:
@@ -169,8 +170,11 @@ def begin_random_state(state, seed):
         torch.manual_seed(seed + distributed.rank() * 2 ** 32)
 
 
-def check_position(state, steps, path):
-    """UserError if the checkpoint is of the middle of an epoch that does not have `steps` batches."""
-    if state.get('step') and len(state['meter']['losses']) != steps:
-        raise UserError(f'{path} is of the middle of an epoch of {len(state["meter"]["losses"])} batches, and this run has {steps}; '
-                        'the data and --train-batch cannot change until the epoch is over')
+def check_position(state, steps, args):
+    """UserError if the checkpoint is of the middle of an epoch of other batches than those of this run, which has `steps`."""
+    if state.get('step'):
+        before = len(state['meter']['losses']), state['args']['train_batch'] * state['args']['batch_multiplier']
+        now = steps, args.train_batch * args.batch_multiplier
+        if now != before:
+            raise UserError(f'{args.resume} is of the middle of an epoch of {before[0]} batches of {before[1]} images, and this run has '
+                            f'{now[0]} of {now[1]}; the data and --train-batch cannot change until the epoch is over')

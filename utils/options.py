@@ -65,7 +65,7 @@ def read(parser, script, folder_of, used_by_evaluate, evaluated_without_resume=N
     if args.resume:
         state, given, path = checkpoint.read(args.resume, script), args.given, args.resume
         if auto:  # the same command once more, so what it says again is not a wish to change anything
-            given -= {name for name in given if name in state['args'] and state['args'][name] == getattr(args, name)}
+            given -= {'start_epoch'} | {name for name in given if name in state['args'] and state['args'][name] == getattr(args, name)}
         checkpoint.check_flags(args, state, parser)
         args = parser.parse_args(defaults=state['args'])
         args.given, args.resume = given, path

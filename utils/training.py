@@ -30,6 +30,11 @@ def complete(args, state, model, optimizer, batches):
             if 'killed by signal: Terminated' not in str(error):
                 raise
             raise Stopped(signal.SIGTERM) from error  # which a process that reads images was sent as well, and got first
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise UserError('batch norm cannot train on a single image, and so many images cannot be read that one is left alone; '
+                        'mend those, or give larger parts') from error
     except Stopped as stop:
         last = shlex.quote(os.path.join(args.checkpoint, checkpoint.LAST))
         stop.sentence = f'Stopped; the finished epochs are kept. Go on with: python {state["script"]} --resume {last}'
@@ -120,11 +125,11 @@ def enter_folder(args, state, model, batches, judge):
     if not distributed.is_first():
         state.setdefault('best', {})
         return None
-    checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite)
+    checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite, finished=state['epoch'] >= args.epochs)
     logger = Logger(os.path.join(args.checkpoint, 'log.txt'), columns, old_rows)
     write_json(os.path.join(args.checkpoint, 'args.json'),
                {name: value for name, value in vars(args).items() if name not in ('given', 'inherited', 'regime')}
-               | {'as given': args.inherited, 'network': state['network'], 'parameters': count_parameters(model),
+               | {'script': state['script'], 'as given': args.inherited, 'network': state['network'], 'parameters': count_parameters(model),
                   'training images by class': batches['train'].class_counts, 'processes': distributed.world_size(),
                   'environment': devices.environment(batches['train'].device)})
     if not os.path.exists(os.path.join(args.checkpoint, checkpoint.BEST)):
@@ -193,7 +198,7 @@ def train(batches, model, criterion, optimizer, epoch, args, meter=None, first=0
             asked = time.perf_counter()
     meter.gather()
     check_losses(meter, epoch, len(batches), args)
-    return meter.read()
+    return read_from(meter, 'train')
 
 
 @torch.no_grad()
@@ -209,6 +214,12 @@ def test(batches, model, args, meter=None):
                 meter.update(outputs, targets, cross_entropy(outputs, targets))
             bar.advance(meter)
     meter.gather()
+    return read_from(meter, 'test')
+
+
+def read_from(meter, part):
+    if not sum(meter.sizes):
+        raise UserError(f'none of the images to {part} on can be read')
     return meter.read()
 
 
