@@ -65,9 +65,11 @@ def parse_arguments():
     methods.check_arguments(args, parser)
     try:
         args.network = models.resolve_options(args.arch, {name: getattr(args, name) for name in models.OPTION_FLAGS})
-        preset(args)
+        size = preset(args)['size']
     except ValueError as error:
         parser.error(str(error))
+    if (args.resize or size) < size:
+        parser.error(f'--resize {args.resize} is less than the side of the images, which is {size}')
     options.settle(args, state, TorchvisionClassifier.regime, parser)
     return args, state
 
@@ -145,6 +147,10 @@ def build(args, network, pretrained=False):
                                 **{name: value for name, value in network.items() if name in models.OPTION_FLAGS})
     except ValueError as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if not pretrained:
+            raise
+        raise UserError(f'the weights of {args.arch} could not be downloaded whole ({" ".join(str(error).split())[:200]})') from error
 
 
 def rehearse(args, model, leaves_one):

@@ -256,11 +256,17 @@ def test_pretrained_weights_for_the_same_classes(arch, downloads, recwarn):
     recwarn.clear()
     model, margin = models.build(arch, 1000, pretrained=True), models.build(arch, 1000, LSoftmaxLinear, pretrained=True)
     assert not recwarn.list
-    assert getattr(model.backbone, 'transform_input', None) is (True if arch == 'googlenet' else None)
+    preset, usual = (torch.tensor(each) for each in ((models.weights_preset(arch).mean, models.weights_preset(arch).std),
+                                                    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
+    assert torch.equal(preset, usual) == (arch == 'resnet18')
+    own, images = ((images - mean[:, None, None]) / std[:, None, None] for mean, std in (preset, usual))
     with torch.no_grad():
-        expected = torchvisions(images)
-        assert torch.equal(model.eval()(images), expected) and not torch.equal(expected, downloads[0].eval()(images + 1))
-        assert torch.allclose(margin.eval()(images), expected - torchvisions.fc.bias, atol=1e-5)
+        expected = torchvisions(images)  # GoogLeNet maps what is normalised as usual to what its weights are for
+        assert torch.allclose(model.eval()(own), expected, atol=1e-6)
+        assert torch.allclose(margin.eval()(own), expected - torchvisions.fc.bias, atol=1e-5)
+        torchvisions.fc = nn.Identity()  # as its new layers are so small that logits would hide a difference
+        features, theirs = model.features(own), torchvisions(images)
+        assert (features - theirs).abs().max() < 1e-4 * theirs.abs().max() < (model.features(images + 1) - theirs).abs().max()
     assert torch.equal(models.build(arch, 1000, DMA_Linear, pretrained=True).head.bias, downloads[0].fc.bias)
     if arch == 'googlenet':
         assert torch.equal(model.backbone.aux1.fc2.weight, downloads[0].aux1.fc2.weight)

@@ -332,7 +332,28 @@ class Recorded(list):
     def __init__(self, batches, one_pass):
         super().__init__(one_pass)
         self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
+        if not self:
+            raise UserError('none of the images can be read')
         self.labels = torch.cat([targets for _, targets in self])
+
+
+class Replayed:
+    """As Recorded, for what does not fit in memory: `one_pass()` gives the same batches again and again."""
+
+    def __init__(self, batches, one_pass):
+        self.batches, self.one_pass = batches, one_pass
+        self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return self.one_pass()
+
+    @property
+    def labels(self):
+        """As many as images can be read, which is known after a pass."""
+        return self.batches.labels[:len(self.batches.labels) - len(self.batches.skipped)]
 
 
 def fingerprint(batches):

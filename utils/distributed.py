@@ -139,6 +139,8 @@ def parallel(model):
     """`model`, or what averages its gradients over the processes at the end of `backward`."""
     if not active():
         return model
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.momentum is None for module in model.modules()):
+        raise UserError('BatchNorm with momentum None, an average over all batches, cannot be trained by several processes')
     kind = torch.nn.parallel.DistributedDataParallel
     # `Statistics` below takes care of buffers; the option that says so has another name from PyTorch 2.14 on.
     parameters = inspect.signature(kind.__init__).parameters
@@ -161,8 +163,6 @@ class Statistics:
     def __init__(self, model):
         norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
                  and module.running_mean is not None] if active() else []
-        if any(module.momentum is None for module in norms):
-            raise UserError('BatchNorm with momentum None, an average over all batches, cannot be trained by several processes')
         self.running = [buffer for module in norms for buffer in (module.running_mean, module.running_var)]
         self.counts = [module.num_batches_tracked for module in norms]
         if norms:
@@ -179,7 +179,7 @@ class Statistics:
         before, counts = self._flat(), torch._foreach_add(self.counts, 0)
         yield
         changed = self._flat() - self.keep ** parts * before if parts else torch.zeros_like(before)
-        own = torch.cat([changed, changed.new_tensor([parts])])
+        own = torch.cat([changed, changed.new_full((1,), float(parts))])
         everyones = [torch.empty_like(own) for _ in range(world_size())]
         dist.all_gather(everyones, own)
         running, seen = before, 0

@@ -138,6 +138,12 @@ class ImageBatches:
         """How many images batch `number` has, in all processes together and with those that cannot be read."""
         return min(self.batch_size, len(self.labels) - number * self.batch_size)
 
+    def gigabytes(self):
+        """What all images take as float32, in units of 2^30 bytes."""
+        with random_state_kept():
+            numbers = self.transform(Image.new('RGB', (32, 32))).numel()
+        return 4 * numbers * len(self.labels) / 2 ** 30
+
     def __iter__(self):
         images = len(self.labels)
         batches = [slice(begin, min(begin + self.batch_size, images)) for begin in range(0, images, self.batch_size)]

@@ -11,6 +11,8 @@ from utils.errors import UserError
 # What a resumed run does not take over from the flags of the run before it; and the flags that mean something to --evaluate.
 NOT_INHERITED = {'given', 'checkpoint', 'overwrite', 'resume', 'evaluate', 'start_epoch', 'gpu_id', 'coef', 'checkpoint_every',
                  'network'}
+# What --resume auto may find changed: how far to train, and where and on what machine.
+NOT_SETTINGS = {'epochs', 'data', 'workers', 'test_batch'}
 USED_BY_EVALUATE = {'evaluate', 'resume', 'arch', 'data', 'workers', 'test_batch', 'precision', 'deterministic', 'gpu_id'}
 
 
@@ -66,6 +68,9 @@ def read(parser, script, folder_of, used_by_evaluate, evaluated_without_resume=N
         state, given, path = checkpoint.read(args.resume, script), args.given, args.resume
         if auto:  # the same command once more, so what it says again is not a wish to change anything
             given -= {'start_epoch'} | {name for name in given if name in state['args'] and state['args'][name] == getattr(args, name)}
+            for name in sorted(given & state['args'].keys() - NOT_SETTINGS):
+                parser.error(f'--resume auto would go on with the run in {folder}, which has --{name.replace("_", "-")} '
+                             f'{state["args"][name]}, not {getattr(args, name)}; give another --checkpoint, or --resume {path} to change it')
         checkpoint.check_flags(args, state, parser)
         args = parser.parse_args(defaults=state['args'])
         args.given, args.resume = given, path

@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 
 import smoothout
-from utils import checkpoint, data, device as devices
+from utils import checkpoint, data, device as devices, training
 from utils.arguments import number
 from utils.errors import UserError
 from utils.landscape import Landscape
 
 SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}  # imported when they are needed, as torchvision takes a second or more
+
+KEPT = 4  # gigabytes of images, in memory
 
 
 class Trained(NamedTuple):
@@ -130,9 +132,19 @@ def images_of(trained, part, args):
         chosen = torch.randperm(len(split.labels), generator=data.seeded_generator(args.seed))[:args.images]
         split = split.subset(chosen.sort().values)
     batches = script.make_batches(asked, trained.state, part, split, script.input_transform(asked, trained.model), trained.device)
-    if part == 'train' and batches.augments and not asked.no_augment:
-        return data.Recorded(batches, batches.shuffled(args.seed, 0))
-    return data.Recorded(batches, batches) if batches.transform else batches
+    shuffled = part == 'train' and batches.augments and not asked.no_augment
+    if not (shuffled or batches.transform):
+        return batches
+
+    def one_pass():
+        known = len(getattr(batches, 'skipped', ()))
+        yield from (batch for batch in (batches.shuffled(args.seed, 0) if shuffled else batches) if len(batch[1]))
+        if len(getattr(batches, 'skipped', ())) > known:
+            training.report_skipped({part: batches})
+
+    # Images that are read from files are kept, where they fit, so that they are read once.
+    large = hasattr(batches, 'gigabytes') and batches.gigabytes() > KEPT
+    return data.Replayed(batches, one_pass) if large else data.Recorded(batches, one_pass())
 
 
 def landscape(trained, batches):
@@ -167,4 +179,5 @@ def description(trained):
 
 
 def describe_images(batches):
-    return {'number': len(batches.labels), 'crc32': data.fingerprint(batches)}
+    number = data.fingerprint(batches)  # a pass, after which it is known how many images can be read
+    return {'number': len(batches.labels), 'crc32': number}

@@ -37,7 +37,8 @@ def complete(args, state, model, optimizer, batches):
                         'mend those, or give larger parts') from error
     except Stopped as stop:
         last = shlex.quote(os.path.join(args.checkpoint, checkpoint.LAST))
-        stop.sentence = f'Stopped; the finished epochs are kept. Go on with: python {state["script"]} --resume {last}'
+        how = 'the same command and --resume auto' if distributed.active() else f'python {state["script"]} --resume {last}'
+        stop.sentence = f'Stopped; the finished epochs are kept. Go on with: {how}'
         raise
 
 
@@ -147,7 +148,8 @@ def train(batches, model, criterion, optimizer, epoch, args, meter=None, first=0
     shown, next_part = shown_logits(model), getattr(optimizer, 'next_part', lambda parts: None)
     statistics, processes = distributed.Statistics(model), distributed.world_size()
     size = args.mini_batch or args.train_batch // processes  # of a part, whose images pass the network together
-    begin = distributed.rank() * (args.train_batch * args.batch_multiplier // processes)  # of this process's share of the batch
+    share = args.train_batch * args.batch_multiplier // processes
+    begin = distributed.rank() * share  # of this process's share of the batch
     with ProgressLine(f'train {epoch + 1}/{args.epochs}', len(batches) - first) as bar:
         asked = time.perf_counter()
         for index, (inputs, targets) in enumerate(batches.shuffled(args.seed, epoch, first), first):
@@ -157,7 +159,8 @@ def train(batches, model, criterion, optimizer, epoch, args, meter=None, first=0
                 group.update(options)
 
             own, total = len(targets), batches.images_in(index)
-            parts = list(zip(inputs.split(size), targets.split(size)))
+            sizes = part_sizes(own, min(max(total - begin, 0), share), size)
+            parts = list(zip(inputs.split(sizes), targets.split(sizes)))
             if own == 0:  # gradients are averaged over all processes, so this one passes something too, with weight 0
                 parts = [(inputs.new_zeros(2, *inputs.shape[1:]), targets.new_zeros(2, *targets.shape[1:]))]  # as batch norm needs two
 
@@ -201,6 +204,18 @@ def train(batches, model, criterion, optimizer, epoch, args, meter=None, first=0
     return read_from(meter, 'train')
 
 
+def part_sizes(images, expected, size):
+    """How many of `images` pass the network together, a list: `size` at a time.
+
+    Where images cannot be read, so that there are fewer than `expected`, one that is left alone goes with the part before, as batch
+    norm may need two.
+    """
+    sizes = [min(size, images - begin) for begin in range(0, images, size)]
+    if images < expected and len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [size + 1]
+    return sizes
+
+
 @torch.no_grad()
 def test(batches, model, args, meter=None):
     """Mean cross-entropy and accuracies over all batches, counted by `meter` or a Meter."""
@@ -224,11 +239,14 @@ def read_from(meter, part):
 
 
 def report_skipped(batches, path=None):
-    """Print, and write to `path`, which images of these {part: batches} could not be read, in any process."""
+    """Print which images of these {part: batches} could not be read, in any process; `path` lists them, also those of before."""
     skipped = {}
     for part in batches.values():
         for process in distributed.gathered(getattr(part, 'skipped', {})):
             skipped.update(process)
+    if path and distributed.is_first() and os.path.exists(path):
+        with open(path) as file:
+            skipped = dict(line.rstrip('\n').split('\t', 1) for line in file) | skipped
     if skipped and distributed.is_first():
         image, reason = min(skipped.items())
         print(f'skipped {len(skipped)} image{"s" * (len(skipped) > 1)} that cannot be read: {image} ({reason})'

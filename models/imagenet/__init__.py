@@ -53,9 +53,13 @@ def default_weights(arch):
 def weights_preset(arch):
     """torchvision's preprocessing for its weights of `arch`: crop_size, resize_size, mean, std, interpolation. No download.
 
-    ValueError if it has no weights.
+    Those of GoogLeNet and Inception v3 are for images in [-1, 1], which torchvision's networks make of others only where they are
+    built with the weights; here it is in mean and std. ValueError if there are no weights.
     """
-    return default_weights(arch).transforms()
+    preset = default_weights(arch).transforms()
+    if arch in AUXILIARY:
+        preset.mean = preset.std = [0.5, 0.5, 0.5]
+    return preset
 
 
 def build(arch, num_classes, classifier=nn.Linear, pretrained=False, image_size=None, **options):
@@ -80,6 +84,8 @@ def build(arch, num_classes, classifier=nn.Linear, pretrained=False, image_size=
     same_classes = bool(weights) and num_classes == len(weights.meta['categories'])
     if weights:
         new, network = network, _construct(arch, weights=weights)
+        if arch in AUXILIARY:
+            network.transform_input = False  # see weights_preset
         for name in () if same_classes else (last, *auxiliary):
             network.set_submodule(name, new.get_submodule(name))
     trained = network.get_submodule(last)
