@@ -18,11 +18,13 @@ from torchvision.models._api import WeightsEnum
 from torchvision.transforms import v2
 
 import cifar
+import evaluate
 import imagenet
 import lsoftmax
+import measure_sharpness
 from helpers import call, contents, toy_runs
 from models import imagenet as models
-from utils import checkpoint, data, methods, metrics, training
+from utils import checkpoint, data, methods, metrics, trained, training
 from utils.errors import UserError, run
 from utils.logger import read_log
 
@@ -543,6 +545,7 @@ def refused(root, monkeypatch, capsys, tmp_path):
     ('-d ROOT --resume auto --evaluate', '--resume auto and --evaluate exclude each other'),
     ('-d ROOT --resume nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'),
     ('-d ROOT --mixup -1', 'of at least 0'),
+    ('-d ROOT --resize 200', '--resize 200 is less than the side of the images, which is 224'),
 ])
 def test_wrong_flags(flags, sentence, refused):
     assert sentence in refused(flags)
@@ -604,3 +607,44 @@ def test_a_part_without_any_image_that_can_be_read_ends_the_run(root, monkeypatc
             image.write_bytes(b'not an image')
         with pytest.raises(UserError, match=f'none of the images to {"train" if part == "train" else "test"} on can be read'):
             call(monkeypatch, imagenet, f'{TINY} -d {folder} -c {tmp_path}/run-{part}')
+
+
+def test_auto_does_not_go_on_with_other_flags(refused, runs, tmp_path):
+    shutil.copytree(runs / 'tiny', tmp_path / 'run')
+    said = refused(f'{RUNS["tiny"]} -d ROOT --lr 0.2 --resume auto -c {tmp_path}/run')
+    assert f'--resume auto would go on with the run in {tmp_path}/run, which has --lr 0.1, not 0.2; give another --checkpoint, or' in said
+
+
+@pytest.mark.parametrize('images, expected, size, sizes', [
+    (8, 8, 4, [4, 4]), (5, 5, 4, [4, 1]), (5, 8, 4, [5]), (9, 12, 4, [4, 5]), (6, 8, 4, [4, 2]), (1, 4, 4, [1]), (0, 4, 4, []),
+    (3, 4, 1, [1, 2])])
+def test_one_image_that_others_leave_alone_goes_with_the_part_before(images, expected, size, sizes):
+    assert training.part_sizes(images, expected, size) == sizes
+
+
+# What looks at checkpoints
+
+@pytest.mark.parametrize('kept', [4, 0])  # gigabytes: in memory, and read anew in every pass
+def test_the_lab_opens_checkpoints(kept, runs, damaged, monkeypatch, tmp_path, capsys):
+    folder, paths = damaged
+    monkeypatch.setattr(trained, 'KEPT', kept)
+    checkpoint_path = f'{runs}/tiny/checkpoint.pth.tar'
+    call(monkeypatch, evaluate, f'{checkpoint_path} -o {tmp_path}/out --ss 0 --draws 1')
+    printed = capsys.readouterr().out
+    whole = result(runs / 'tiny')
+    assert f'| test loss {whole["test loss"]:.4f} top-1 {whole["test top-1"]:.2f}%' in printed
+    assert f'| loss {whole["test loss"]:.4f} top-1 {whole["test top-1"]:.2f}%' in printed
+
+    call(monkeypatch, evaluate, f'{checkpoint_path} -o {tmp_path}/out --data {folder} --test-batch 1')
+    printed = capsys.readouterr().out
+    assert f'skipped 2 images that cannot be read: {paths[1]} (' in printed and 'nan' not in printed
+    for path in paths[1:]:
+        path.unlink()
+    numbers = by_hand_on(checkpoint.weights_to_test(load(runs / 'tiny')), 'tiny', folder)
+    assert f'| test loss {numbers.loss:.4f} top-1 {numbers.top1:.2f}%' in printed
+
+    call(monkeypatch, measure_sharpness, f'{checkpoint_path} -o {tmp_path}/out --noise --draws 1 --mode train')
+    assert re.search(r'42 train images', capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, evaluate, f'{checkpoint_path} -o {tmp_path}/out -d digits')
+    assert '--dataset is not used by' in capsys.readouterr().err
