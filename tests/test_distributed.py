@@ -20,12 +20,14 @@ from utils.logger import read_log
 ROOT = pathlib.Path(__file__).parent.parent
 NETWORK = '--arch mobilenet_v3_small --image-size 32 --train-batch 8 --test-batch 4 --lr 0.01 -j 0 --manualSeed 4'  # it has dropout
 
+LOOPBACK = {'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}  # whatever the name of this machine leads to
+
 
 def start(processes, script, flags='', options=''):
     command = [sys.executable, *(['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', *shlex.split(options)]
                                  if processes else []), script, *shlex.split(flags)]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **LOOPBACK})
 
 
 def finish(process, status=0):

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import tempfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -324,45 +323,6 @@ class Batches:
         if images.is_floating_point():
             return images.contiguous(memory_format=torch.channels_last)
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
-
-
-class Recorded(list):
-    """What one pass over a Batches gave, (inputs, targets) each, to be gone over again without making it anew."""
-
-    def __init__(self, batches, one_pass):
-        super().__init__(one_pass)
-        self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
-        if not self:
-            raise UserError('none of the images can be read')
-        self.labels = torch.cat([targets for _, targets in self])
-
-
-class Replayed:
-    """As Recorded, for what does not fit in memory: `one_pass()` gives the same batches again and again."""
-
-    def __init__(self, batches, one_pass):
-        self.batches, self.one_pass = batches, one_pass
-        self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return self.one_pass()
-
-    @property
-    def labels(self):
-        """As many as images can be read, which is known after a pass."""
-        return self.batches.labels[:len(self.batches.labels) - len(self.batches.skipped)]
-
-
-def fingerprint(batches):
-    """A number that tells these images and labels, in this order, from others."""
-    number = 0
-    for inputs, targets in batches:
-        for part in (inputs.permute(0, 2, 3, 1).contiguous(), targets):
-            number = zlib.crc32(part.cpu().numpy(), number)
-    return number
 
 
 class TransformedBatches(torch.utils.data.Dataset):

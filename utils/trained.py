@@ -144,7 +144,46 @@ def images_of(trained, part, args):
 
     # Images that are read from files are kept, where they fit, so that they are read once.
     large = hasattr(batches, 'gigabytes') and batches.gigabytes() > KEPT
-    return data.Replayed(batches, one_pass) if large else data.Recorded(batches, one_pass())
+    return Replayed(batches, one_pass) if large else Recorded(batches, one_pass())
+
+
+class Recorded(list):
+    """What one pass over batches gave, (inputs, targets) each, to be gone over again without making it anew."""
+
+    def __init__(self, batches, one_pass):
+        super().__init__(one_pass)
+        self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
+        if not self:
+            raise UserError('none of the images can be read')
+        self.labels = torch.cat([targets for _, targets in self])
+
+
+class Replayed:
+    """As Recorded, for what does not fit in memory: `one_pass()` gives the same batches again and again."""
+
+    def __init__(self, batches, one_pass):
+        self.batches, self.one_pass = batches, one_pass
+        self.num_classes, self.mean, self.std = batches.num_classes, batches.mean, batches.std
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return self.one_pass()
+
+    @property
+    def labels(self):
+        """As many as images can be read, which is known after a pass."""
+        return self.batches.labels[:len(self.batches.labels) - len(self.batches.skipped)]
+
+
+def fingerprint(batches):
+    """A number that tells these images and labels, in this order, from others."""
+    number = 0
+    for inputs, targets in batches:
+        for part in (inputs.permute(0, 2, 3, 1).contiguous(), targets):
+            number = zlib.crc32(part.cpu().numpy(), number)
+    return number
 
 
 def landscape(trained, batches):
@@ -179,5 +218,5 @@ def description(trained):
 
 
 def describe_images(batches):
-    number = data.fingerprint(batches)  # a pass, after which it is known how many images can be read
+    number = fingerprint(batches)  # a pass, after which it is known how many images can be read
     return {'number': len(batches.labels), 'crc32': number}
