@@ -2,6 +2,8 @@
 
     python cifar.py --arch resnet --method dma --coef 0.5
     python cifar.py --dataset digits --arch resnet --depth 20 --epochs 10      # needs no download
+
+The epochs and steps are in utils/training.py, and those of imagenet.py too.
 """
 import functools
 import os

@@ -12,7 +12,7 @@ RATE_FLAGS = ('optimizer', 'lr', 'lr_schedule', 'schedule', 'lr_step_size', 'gam
 
 def add_arguments(group):
     """The flags that decide how long and along which rates to train. Those that a model's regime may set default to None."""
-    group.add_argument('--epochs', type=number(int, 1), default=300, metavar='N', help='(300)')
+    group.add_argument('--epochs', type=number(int, 1), default=300, metavar='N', help='(%(default)s)')
     group.add_argument('--start-epoch', type=number(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
     group.add_argument('--optimizer', choices=DEFAULTS, help='(SGD, or as the model\'s regime says)')
     group.add_argument('--lr', type=number(float, 0), help='highest learning rate (0.1, of other optimizers than SGD 0.001; or the regime\'s)')
@@ -27,7 +27,7 @@ def add_arguments(group):
     group.add_argument('--nesterov', action='store_true')
     group.add_argument('--weight-decay', '--wd', type=number(float, 0), help='(0.0005, or the regime\'s)')
     group.add_argument('--base-batch', type=number(int, 1), default=128, metavar='N',
-                       help='the batch that lr and epochs are meant for, for the next two (128)')
+                       help='the batch that lr and epochs are meant for, for the next two (%(default)s)')
     group.add_argument('--lr-scaling', choices=('none', 'sqrt', 'linear'), default='none',
                        help='multiply lr by (batch / base batch), or by its square root (none)')
     group.add_argument('--epoch-scaling', action='store_true',
