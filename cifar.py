@@ -96,10 +96,7 @@ def main():
     if state:
         checkpoint.load_model(model, state, network, args.resume, to_test=args.evaluate)
     model.to(device, memory_format=torch.channels_last)
-    print(', '.join(f'{name} {value}' for name, value in network.items()),
-          f'| {training.count_parameters(model) / 1e6:.2f} million parameters',
-          f'| method: {" ".join(args.method) or "none"} | {args.precision} on {device.type} | seed {args.seed}'
-          + (f' | {distributed.world_size()} processes' if distributed.active() else ''))
+    print(training.headline(args, network, model, device))
     if args.evaluate:
         split = load_split(args, 'test', state['classes'])
         batches = make_batches(args, state, 'test', split, input_transform(args, model), device)

@@ -33,7 +33,8 @@ def make_parser():
     group = parser.add_argument_group('augmentation: by default crops of random size, and mirroring')
     group.add_argument('--no-augment', action='store_true', help='images as in a test')
     group.add_argument('--auto-augment', choices=images.AUTO_AUGMENTS, metavar='NAME', help=f'also {", ".join(images.AUTO_AUGMENTS)}')
-    group.add_argument('--random-erase', type=number(float, 0, 1), default=0.0, metavar='P', help='erase a rectangle of this part of the images (0)')
+    group.add_argument('--random-erase', type=number(float, 0, 1), default=0.0, metavar='P',
+                       help='erase a rectangle of this part of the images (0)')
     group.add_argument('--mixup', type=number(float, 0), default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
     group.add_argument('--cutmix', type=number(float, 0), default=0.0, metavar='ALPHA',
                        help='put a rectangle of one image into another; with --mixup, for each batch one of the two (0)')
@@ -117,10 +118,7 @@ def main():
         checkpoint.load_model(model, state, network, args.resume, to_test=args.evaluate)
     rehearse(args, model, None if args.evaluate else options.leaves_one(args, len(folders['train'].paths)))
     model.to(device, memory_format=torch.channels_last)
-    print(', '.join(f'{name} {value}' for name, value in network.items()),
-          f'| {training.count_parameters(model) / 1e6:.2f} million parameters',
-          f'| method: {" ".join(args.method) or "none"} | {args.precision} on {device.type} | seed {args.seed}'
-          + (f' | {distributed.world_size()} processes' if distributed.active() else ''))
+    print(training.headline(args, network, model, device))
     if args.evaluate:
         batches = {'test': make_batches(args, state, 'test', folders['val'], {}, device)}
         tested = training.test(batches['test'], model, args)
@@ -198,14 +196,12 @@ def make_batches(args, state, part, folder, transforms, device):
     """A folder in batches as `part` is treated: 'train' as the flags about augmentation say, the others as they are."""
     how = preset(args)
     mean, std = (state['mean'], state['std']) if state else (how['mean'], how['std'])
-    training_part = part == 'train'
-    if training_part and not args.no_augment:
-        transform = images.training_transform(how['size'], args.auto_augment, how['interpolation'], args.random_erase, mean)
-    else:
-        transform = images.evaluation_transform(how['size'], how['resize'], how['interpolation'])
-    return images.ImageBatches(folder, mean, std, args.train_batch * args.batch_multiplier if training_part else args.test_batch, device,
-                               transform, args.workers, images.mixing(args.mixup, args.cutmix, len(folder.classes)) if training_part else None,
-                               args.strict)
+    transform, batch, mix = images.evaluation_transform(how['size'], how['resize'], how['interpolation']), args.test_batch, None
+    if part == 'train':
+        batch, mix = args.train_batch * args.batch_multiplier, images.mixing(args.mixup, args.cutmix, len(folder.classes))
+        if not args.no_augment:
+            transform = images.training_transform(how['size'], args.auto_augment, how['interpolation'], args.random_erase, mean)
+    return images.ImageBatches(folder, mean, std, batch, device, transform, args.workers, mix, args.strict)
 
 
 if __name__ == '__main__':

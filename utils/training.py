@@ -301,6 +301,13 @@ def report(args, state, model, batches):
         print(f'{name:12}', '  '.join(in_folder(file) for file in files.split()))
 
 
+def headline(args, network, model, device):
+    """What a run says of itself first."""
+    return (f'{", ".join(f"{name} {value}" for name, value in network.items())} | {count_parameters(model) / 1e6:.2f} million parameters '
+            f'| method: {" ".join(args.method) or "none"} | {args.precision} on {device.type} | seed {args.seed}'
+            + (f' | {distributed.world_size()} processes' if distributed.active() else ''))
+
+
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
