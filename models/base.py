@@ -70,6 +70,19 @@ class StagedClassifier(ImageClassifier):
         return x
 
 
+def with_defaults(arch, options, known, flags):
+    """`options` (None = not given) over `known`, those of `arch` with their defaults; flags: the flag of each.
+
+    ValueError if one is given that the architecture does not know.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in known:
+            takes = ', '.join(flags[option] for option in known) or 'no such option'
+            raise ValueError(f'{flags[name]} is not used by --arch {arch}, which takes {takes}')
+    return {**known, **given}
+
+
 def global_average_pool(x):
     """(batch, channels, height, width) -> (batch, channels), for any height and width."""
     return x.mean(dim=(2, 3))

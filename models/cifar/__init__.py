@@ -7,6 +7,7 @@ import inspect
 
 import torch.nn as nn
 
+from models.base import with_defaults
 from models.cifar.alexnet import alexnet
 from models.cifar.densenet import densenet
 from models.cifar.lenet import lenet
@@ -43,12 +44,7 @@ def resolve_options(arch, options):
     """
     known = {name: parameter.default for name, parameter in inspect.signature(MODELS[arch]).parameters.items()
              if name not in ('num_classes', 'classifier')}
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in known:
-            takes = ', '.join(OPTION_FLAGS[option] for option in known) or 'no such option'
-            raise ValueError(f'{OPTION_FLAGS[name]} is not used by --arch {arch}, which takes {takes}')
-    return {**known, **given}
+    return with_defaults(arch, options, known, OPTION_FLAGS)
 
 
 def build(arch, num_classes, classifier=nn.Linear, **options):

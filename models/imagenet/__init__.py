@@ -10,6 +10,7 @@ import torch.nn as nn
 from torchvision import models as torchvision_models
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from models.base import with_defaults
 from models.imagenet.wrapped import TorchvisionClassifier, last_layer
 
 # Blocks in each stage: Xie et al., CVPR 2017 (arXiv 1611.05431), table 1.
@@ -35,12 +36,7 @@ def resolve_options(arch, options):
     ValueError if `options` has one that the architecture does not know.
     """
     known = {'cardinality': 32, 'base_width': 4} if arch in RESNEXTS else {}
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in known:
-            takes = ', '.join(OPTION_FLAGS[option] for option in known) or 'no such option'
-            raise ValueError(f'{OPTION_FLAGS[name]} is not used by --arch {arch}, which takes {takes}')
-    return {**known, **given}
+    return with_defaults(arch, options, known, OPTION_FLAGS)
 
 
 def default_weights(arch):
