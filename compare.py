@@ -14,16 +14,14 @@ import statistics
 import sys
 from typing import NamedTuple
 
-from utils import methods
-from utils.arguments import Parser
-from utils.errors import UserError, run
+from utils import datasets, methods
+from utils.errors import UserError
 from utils.files import save_figure
+from utils.flags import Parser, meaning, with_todays_names
+from utils.lab.checkpoints import SCRIPTS
 from utils.metrics import plus_minus, spread
-from utils.trained import SCRIPTS
+from utils.run import run_script
 
-# Flags that do not change what is computed; and --coef, which is short for a method's own flag that has the value.
-IGNORED = {'checkpoint', 'overwrite', 'resume', 'evaluate', 'seed', 'gpu_id', 'workers', 'test_batch', 'deterministic', 'coef',
-           'checkpoint_every', 'strict'}
 # Column -> format of its number. Of those in SECOND there are two: the mean, and what is called so.
 COLUMNS = {'setting': '', 'n': 'd', 'last epoch': '.2f', 'chosen by validation': '.2f', 'best, chosen by test set': '.2f',
            'at epoch': '.1f', 'difference': '+.2f', 'parameters (M)': '.2f', 'seconds per epoch': '.1f'}
@@ -65,11 +63,13 @@ class Flags:
 
     def setting(self, args):
         """The flags that decide what a run computes, from its args.json."""
-        known = {name: value for name, value in args.items() if name in self.defaults}
-        values = {**self.defaults, **known, **args.get('as given', {})}
+        known = {name: value for name, value in with_todays_names(args).items() if name in self.defaults}
+        values = {**self.defaults, **known, **with_todays_names(args.get('as given', {}))}
         order = [*self.of_method, *values['method']]  # `--method amp dma` is `--method dma amp`
         values['method'] = sorted(values['method'], key=order.index)
-        unused = IGNORED if values.get('dataset', 'folder') == 'folder' else IGNORED | {'data'}
+        unused = {name for name in values if not meaning(name).result}
+        if not datasets.has_images_of_any_size(values.get('dataset', 'folder')):
+            unused.add('data')  # it says where the data set is, not which one
         unused = unused.union(*(flags for name, flags in self.of_method.items() if name not in values['method']))
         return {name: hashable(value) for name, value in values.items() if name not in unused}
 
@@ -342,4 +342,4 @@ def plot(path, settings, names, shared):
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

@@ -12,11 +12,15 @@ import math
 import os
 
 import smoothout
-from utils import data, metrics, trained, training
-from utils.arguments import Parser, number
-from utils.attack import Attack
+from utils import metrics
 from utils.bar import ProgressLine
-from utils.errors import UserError, run
+from utils.batches import input_transform, seeded_generator
+from utils.errors import UserError
+from utils.eval import metrics_line
+from utils.flags import Parser, bounded
+from utils.lab import checkpoints
+from utils.lab.attack import Attack
+from utils.run import run_script
 
 NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
 
@@ -34,14 +38,14 @@ def pixels(text):
 
 def parse_arguments():
     parser = Parser(prog='evaluate.py', usage='python evaluate.py FILE [flags]', description=__doc__.split('\n')[0])
-    trained.add_arguments(parser, modes=None, default_modes='test')
+    checkpoints.add_arguments(parser, modes=None, default_modes='test')
     group = parser.add_argument_group('under noise on the weights, when --ss is given')
-    smoothout.add_noise_arguments(group, ss=None, kind=number(float, 0))
-    group.add_argument('--draws', type=number(int, 1), default=10, metavar='K', help='how often noise is drawn (10)')
+    smoothout.add_noise_arguments(group, ss=None, kind=bounded(float, 0))
+    group.add_argument('--draws', type=bounded(int, 1), default=10, metavar='K', help='how often noise is drawn (10)')
     group = parser.add_argument_group('under attack')
     group.add_argument('--attack', choices=('fgsm', 'pgd'), help='on the images, each pixel by at most --attack-eps')
     group.add_argument('--attack-eps', type=pixels, default=8 / 255, metavar='E', help='with white - black = 1 (8/255)')
-    group.add_argument('--attack-steps', type=number(int, 1), default=10, metavar='N', help='of pgd, 2.5 eps / N each (10)')
+    group.add_argument('--attack-steps', type=bounded(int, 1), default=10, metavar='N', help='of pgd, 2.5 eps / N each (10)')
     args = parser.parse_args()
     for name, flags in NEEDING.items():
         for flag in flags if getattr(args, name) is None else ():
@@ -49,29 +53,29 @@ def parse_arguments():
                 parser.error(f'--{flag.replace("_", "-")} is not used without --{name}')
     if args.attack == 'fgsm' and 'attack_steps' in args.given:
         parser.error('--attack-steps belongs to --attack pgd; fgsm makes one step')
-    path, = trained.files_of(args, parser, at_most=1)
-    return args, trained.open_checkpoint(path, args, parser)
+    path, = checkpoints.files_of(args, parser, at_most=1)
+    return args, checkpoints.open_checkpoint(path, args, parser)
 
 
 def main():
     args, subject = parse_arguments()
-    if args.attack and subject.script.input_transform(subject.args, subject.model):
+    if args.attack and input_transform(subject.args, subject.model):
         raise UserError(f'--attack needs to know the pixels, and {subject.path} has a model that transforms its images itself; '
                         'give --no-augment to evaluate it on the images as they are')
-    batches = trained.images_of(subject, args.mode, args)
-    landscape = trained.landscape(subject, batches)
+    batches = checkpoints.images_of(subject, args.mode, args)
+    landscape = checkpoints.landscape(subject, batches)
     predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)
     with ProgressLine(args.mode, len(batches)) as bar:
         measured = landscape.measure(meter=predictions, bar=bar)
-    by_class, confusion = metrics.of_classes(*predictions.gathered())
-    print(f'{subject.path}, of epoch {subject.state["epoch"]} | {training.in_words(args.mode, measured)}')
-    print(metrics.in_words(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
+    by_class, confusion = metrics.of_classes(*predictions.of_all_images())
+    print(f'{subject.path}, of epoch {subject.state["epoch"]} | {metrics_line(args.mode, measured)}')
+    print(metrics.class_report(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
     if args.ss is not None:
         print(f'under noise  {under_noise(landscape, args)}', flush=True)
     if args.attack:
         print(f'under attack {under_attack(landscape, args)}', flush=True)
 
-    stem = f'{trained.stem(args, subject.path)}-{args.mode}-confusion'
+    stem = f'{checkpoints.stem(args, subject.path)}-{args.mode}-confusion'
     os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
@@ -79,12 +83,12 @@ def main():
 
 def under_noise(landscape, args):
     """Mean and standard deviation of each quantity over --draws draws of noise on the weights."""
-    generator, draws = data.seeded_generator(args.seed, device=landscape.weights.device), []
+    generator, draws = seeded_generator(args.seed, device=landscape.weights.device), []
     with ProgressLine('noise', args.draws, unit='draw') as bar:
         for _ in range(args.draws):
             noise = landscape.noise(generator, args.noise_type, args.adapt_type, args.perturb_batch_norm)
             draws.append(landscape.measure(landscape.weights + args.ss * noise))
-            bar.advance(training.in_words('last', draws[-1]))
+            bar.advance(metrics_line('last', draws[-1]))
     spread = {name: metrics.spread([draw[name] for draw in draws]) for name in draws[0]}
     words = [f'{name.lower()} {metrics.plus_minus(*values, ".4f" if name == "Loss" else ".2f")}{"%" * (name != "Loss")}'
              for name, values in spread.items()]
@@ -93,14 +97,14 @@ def under_noise(landscape, args):
 
 def under_attack(landscape, args):
     batches, tensors = landscape.batches, landscape.at()
-    generator = data.seeded_generator(args.seed, device=landscape.weights.device)
+    generator = seeded_generator(args.seed, device=landscape.weights.device)
     attack = Attack(args.attack, lambda inputs: landscape.outputs(tensors, inputs), args.attack_eps, args.attack_steps,
                     batches.mean, batches.std, generator)
     with ProgressLine('attack', len(batches)) as bar:
         measured = landscape.measure(inputs_of=attack, bar=bar)
     steps = f', {args.attack_steps} steps' if args.attack == 'pgd' else ''
-    return f'{args.attack}, eps {255 * args.attack_eps:g}/255{steps} | {training.in_words(args.mode, measured)}'
+    return f'{args.attack}, eps {255 * args.attack_eps:g}/255{steps} | {metrics_line(args.mode, measured)}'
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

@@ -28,11 +28,14 @@ import torch
 import torch.nn.functional as F
 
 import smoothout
-from utils import data, metrics, trained
-from utils.arguments import Parser, number
+from utils import metrics
+from utils.batches import seeded_generator
 from utils.device import environment
-from utils.errors import Stopped, UserError, run
+from utils.errors import Stopped, UserError
 from utils.files import write_json
+from utils.flags import Parser, bounded
+from utils.lab import checkpoints
+from utils.run import run_script
 
 
 def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
@@ -49,7 +52,7 @@ def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
         raise UserError(f'--manifolds must be at most the number of parameters, {len(landscape.weights)}, was given {manifolds}')
     each = []
     for index in range(times):
-        rows = torch.randn(manifolds, len(landscape.weights), generator=data.seeded_generator(seed, index))
+        rows = torch.randn(manifolds, len(landscape.weights), generator=seeded_generator(seed, index))
         each.append(box_sharpness(landscape, box_epsilon, box_iterations, rows.to(landscape.weights)))
     mean, deviation = metrics.spread([one['sharpness'] for one in each])
     return {'sharpness': mean, 'deviation': deviation, 'each': each}
@@ -92,7 +95,7 @@ def ball(landscape, seed, ball_epsilon, ball_steps):
         return ball_epsilon * torch.cat(pieces).to(vector)
 
     # The first begins beside w, as a gradient of exactly zero has no direction.
-    beside = 1e-3 * at_radius(torch.randn(len(landscape.weights), generator=data.seeded_generator(seed)).to(landscape.weights))
+    beside = 1e-3 * at_radius(torch.randn(len(landscape.weights), generator=seeded_generator(seed)).to(landscape.weights))
     _, rises = climb(landscape, at_radius, beside, ball_steps)
     return {'rise': highest(rises), 'each step': rises}
 
@@ -116,7 +119,7 @@ def highest(rises):
 
 def noise(landscape, seed, ss, noise_type, adapt_type, perturb_batch_norm, draws):
     """The mean rise of the loss over `draws` draws, and its standard deviation."""
-    before, rises, generator = landscape.measure()['Loss'], [], data.seeded_generator(seed, device=landscape.weights.device)
+    before, rises, generator = landscape.measure()['Loss'], [], seeded_generator(seed, device=landscape.weights.device)
     for _ in range(draws):
         z = ss * landscape.noise(generator, noise_type, adapt_type, perturb_batch_norm)
         rises.append(landscape.measure(landscape.weights + z)['Loss'] - before)
@@ -139,7 +142,7 @@ def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
         return landscape.hessian_product(torch.from_numpy(vector).flatten().to(landscape.weights)).double().cpu().numpy()
 
     hessian = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=np.float64)
-    start = torch.randn(size, generator=data.seeded_generator(seed)).double().numpy()
+    start = torch.randn(size, generator=seeded_generator(seed)).double().numpy()
     try:
         values = scipy.sparse.linalg.eigsh(hessian, eigenvalue_count, which='LA', v0=start, tol=eigenvalue_tolerance, return_eigenvectors=False)
     except scipy.sparse.linalg.ArpackError as error:  # a Hessian with NaN, or one that it does not get done with
@@ -150,7 +153,7 @@ def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
 
 def trace(landscape, seed, probes):
     """The mean of v.Hv over `probes` random vectors v of signs, and its standard error."""
-    generator, values = data.seeded_generator(seed), []
+    generator, values = seeded_generator(seed), []
     for _ in range(probes):
         v = (2 * torch.randint(2, (len(landscape.weights),), generator=generator) - 1).to(landscape.weights)
         values.append((v.double() @ landscape.hessian_product(v).double()).item())
@@ -177,25 +180,25 @@ def parse_arguments():
     """(flags, with the chosen `measures`; the checkpoints)."""
     parser = Parser(prog='measure_sharpness.py', usage='python measure_sharpness.py FILE [FILE ...] [flags]',
                     description=__doc__.split('\n')[0])
-    trained.add_arguments(parser, modes=None, default_modes='train', precision='fp32')
+    checkpoints.add_arguments(parser, modes=None, default_modes='train', precision='fp32')
     group = parser.add_argument_group('what is measured')
     group.add_argument('--all', action='store_true', help='all of these')
     group.add_argument('--box', action='store_true', help="Keskar's sharpness, which is also measured if nothing is named")
-    group.add_argument('--box-epsilon', type=number(float, 0, above=True), default=1e-3, metavar='E', help='(0.001)')
-    group.add_argument('--box-iterations', type=number(int, 1), default=10, metavar='N', help='of each search (10)')
-    group.add_argument('--manifolds', type=number(int, 1), metavar='N', help='in a random manifold of N dimensions (the whole space)')
-    group.add_argument('--times', type=number(int, 1), default=1, metavar='K', help='in K manifolds, their mean and deviation (1)')
+    group.add_argument('--box-epsilon', type=bounded(float, 0, above=True), default=1e-3, metavar='E', help='(0.001)')
+    group.add_argument('--box-iterations', type=bounded(int, 1), default=10, metavar='N', help='of each search (10)')
+    group.add_argument('--manifolds', type=bounded(int, 1), metavar='N', help='in a random manifold of N dimensions (the whole space)')
+    group.add_argument('--times', type=bounded(int, 1), default=1, metavar='K', help='in K manifolds, their mean and deviation (1)')
     group.add_argument('--ball', action='store_true', help="the worst rise of the loss in AMP's ball")
-    group.add_argument('--ball-epsilon', type=number(float, 0, above=True), default=0.5, metavar='E', help='its radius (0.5)')
-    group.add_argument('--ball-steps', type=number(int, 1), default=10, metavar='N', help='of the search (10)')
+    group.add_argument('--ball-epsilon', type=bounded(float, 0, above=True), default=0.5, metavar='E', help='its radius (0.5)')
+    group.add_argument('--ball-steps', type=bounded(int, 1), default=10, metavar='N', help='of the search (10)')
     group.add_argument('--noise', action='store_true', help="the mean rise of the loss under SmoothOut's noise")
-    smoothout.add_noise_arguments(group, kind=number(float, 0))
-    group.add_argument('--draws', type=number(int, 1), default=10, metavar='K', help='of the noise (10)')
+    smoothout.add_noise_arguments(group, kind=bounded(float, 0))
+    group.add_argument('--draws', type=bounded(int, 1), default=10, metavar='K', help='of the noise (10)')
     group.add_argument('--eigenvalues', action='store_true', help='the largest of the Hessian')
-    group.add_argument('--eigenvalue-count', type=number(int, 1), default=1, metavar='K', help='how many (1)')
-    group.add_argument('--eigenvalue-tolerance', type=number(float, 0), default=1e-3, metavar='T', help='relative (0.001)')
+    group.add_argument('--eigenvalue-count', type=bounded(int, 1), default=1, metavar='K', help='how many (1)')
+    group.add_argument('--eigenvalue-tolerance', type=bounded(float, 0), default=1e-3, metavar='T', help='relative (0.001)')
     group.add_argument('--trace', action='store_true', help='the trace of the Hessian')
-    group.add_argument('--probes', type=number(int, 1), default=10, metavar='K', help='random vectors (10)')
+    group.add_argument('--probes', type=bounded(int, 1), default=10, metavar='K', help='random vectors (10)')
     args = parser.parse_args()
     chosen = [name for name in MEASURES if name != 'loss' and (args.all or getattr(args, name))]
     args.measures = ['loss', *(chosen or ['box'])]
@@ -206,27 +209,27 @@ def parse_arguments():
     if args.times > 1 and not args.manifolds:
         parser.error('--times repeats the draw of a random manifold, so it needs --manifolds; in the whole space there is '
                      'nothing random to repeat')
-    return args, [trained.open_checkpoint(path, args, parser) for path in trained.files_of(args, parser)]
+    return args, [checkpoints.open_checkpoint(path, args, parser) for path in checkpoints.files_of(args, parser)]
 
 
 def main():
     args, subjects = parse_arguments()
-    trained.check_alike(subjects)
+    checkpoints.check_alike(subjects)
     torch.backends.cudnn.allow_tf32 = False  # differences of losses need all digits of fp32
-    paths = [f'{trained.stem(args, subject.path)}-sharpness.json' for subject in subjects]
+    paths = [f'{checkpoints.stem(args, subject.path)}-sharpness.json' for subject in subjects]
     for path in paths:
         read(path)
-    batches = trained.images_of(subjects[0], args.mode, args)
-    images = {'mode': args.mode, **trained.describe_images(batches)}
+    batches = checkpoints.images_of(subjects[0], args.mode, args)
+    images = {'mode': args.mode, **checkpoints.describe_images(batches)}
     rows = []
     try:
-        for name, subject, path in zip(trained.labels([subject.path for subject in subjects]), subjects, paths):
-            settings = {'checkpoint': trained.description(subject), 'images': images, 'precision': args.precision, 'seed': args.seed}
+        for name, subject, path in zip(checkpoints.names_of([subject.path for subject in subjects]), subjects, paths):
+            settings = {'checkpoint': checkpoints.description(subject), 'images': images, 'precision': args.precision, 'seed': args.seed}
             rows.append([name])
             for measure in args.measures:
-                entry = measured(measure, trained.landscape(subject, batches), path, settings, args)
-                rows[-1] += in_words(measure, entry['result'])
-                print(f'{name} | {measure} {" ".join(in_words(measure, entry["result"]))} | {entry["seconds"]:.1f} s', flush=True)
+                entry = measured(measure, checkpoints.landscape(subject, batches), path, settings, args)
+                rows[-1] += cells(measure, entry['result'])
+                print(f'{name} | {measure} {" ".join(cells(measure, entry["result"]))} | {entry["seconds"]:.1f} s', flush=True)
     except Stopped as stop:
         stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
         raise
@@ -259,14 +262,14 @@ def read(path):
         with open(path) as file:
             entries = json.load(file)
         for entry in entries:
-            in_words(entry['measure'], entry['result'])
+            cells(entry['measure'], entry['result'])
             entry['settings'], entry['seconds']
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is not what this script writes; move it away, or use another --out') from error
     return entries
 
 
-def in_words(measure, result):
+def cells(measure, result):
     """The numbers of a measurement, a list with a text for each column of the table."""
     if measure == 'loss':
         return [f'{result["Loss"]:.4g}', f'{result["Top-1"]:.2f}']
@@ -290,4 +293,4 @@ def print_table(args, images, rows):
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

@@ -22,13 +22,16 @@ import numpy as np
 import torch
 
 import smoothout
-from utils import data, metrics, trained
-from utils.arguments import Parser, number
+from utils import metrics
 from utils.bar import ProgressLine
-from utils.errors import Stopped, UserError, run
+from utils.batches import seeded_generator
+from utils.errors import Stopped, UserError
 from utils.eval import quantities
 from utils.files import save_figure
-from utils.scan import Scan
+from utils.flags import Parser, bounded
+from utils.lab import checkpoints
+from utils.lab.scan import Scan
+from utils.run import run_script
 
 AXES = {'line': ['alpha'], 'directions': ['direction', 'alpha'], 'surface': ['alpha', 'beta']}
 ALPHA = {'line': '-1:0.1:2', 'directions': '-0.3:0.02:0.31', 'surface': '-1:0.1:1'}
@@ -52,14 +55,14 @@ def parse_arguments():
     """(flags, with `kind` of scan; the checkpoints)."""
     parser = Parser(prog='visualize_sharpness.py', usage='python visualize_sharpness.py FILE [FILE ...] [flags]',
                     description=__doc__.split('\n')[0])
-    trained.add_arguments(parser, modes='+', default_modes=['train', 'test'])
+    checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
     parser.add_argument('--slave-evaluate', metavar='FILE', help='the same as a second FILE')
     group = parser.add_argument_group('what is drawn')
     group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way to the second '
                        f'checkpoint ({ALPHA["line"]}), or lengths in a random direction ({ALPHA["directions"]}; --surface '
                        f'{ALPHA["surface"]})')
     group.add_argument('--path', choices=('linear', 'sin'), default='linear', help='of two checkpoints (linear)')
-    group.add_argument('--directions', type=number(int, 1), default=1, metavar='N', help='random ones, drawn as mean and band (1)')
+    group.add_argument('--directions', type=bounded(int, 1), default=1, metavar='N', help='random ones, drawn as mean and band (1)')
     group.add_argument('--surface', action='store_true', help='over the plane of two random directions')
     group.add_argument('--compare', action='store_true', help='several checkpoints, each along random directions of the same seed')
     group.add_argument('--perturb-batch-norm', action='store_true', help='random directions move the BatchNorm parameters too')
@@ -67,7 +70,7 @@ def parse_arguments():
                        'training images; otherwise they are those of the checkpoint, or in between those of two')
     group.add_argument('--overwrite', action='store_true', help='replace an earlier scan')
     args = parser.parse_args()
-    files = trained.files_of(args, parser)
+    files = checkpoints.files_of(args, parser)
     if args.compare and len(files) < 2:
         parser.error('--compare needs at least two checkpoints')
     if not args.compare and len(files) > 2:
@@ -83,7 +86,7 @@ def parse_arguments():
         parser.error('--surface needs at least two values of --alpha')
     args.mode = list(dict.fromkeys(args.mode))
     args.alpha = args.alpha or alphas(ALPHA[args.kind])
-    subjects = [trained.open_checkpoint(path, args, parser) for path in files]
+    subjects = [checkpoints.open_checkpoint(path, args, parser) for path in files]
     if args.update_bn and not any(smoothout.batch_norm_parameters(subject.model) for subject in subjects):
         parser.error('--update-bn is not used by networks without BatchNorm')
     return args, subjects
@@ -91,16 +94,16 @@ def parse_arguments():
 
 def main():
     args, subjects = parse_arguments()
-    trained.check_alike(subjects)
+    checkpoints.check_alike(subjects)
     if args.kind == 'line':
         check_line(*subjects)
-    images = {part: trained.images_of(subjects[0], part, args) for part in args.mode}
+    images = {part: checkpoints.images_of(subjects[0], part, args) for part in args.mode}
     if args.update_bn:
-        args.training_images = images.get('train') or trained.images_of(subjects[0], 'train', args)
+        args.training_images = images.get('train') or checkpoints.images_of(subjects[0], 'train', args)
         if len(args.training_images.labels) < 2:
             raise UserError('--update-bn needs at least two training images')
     groups = [subjects] if args.kind == 'line' else [[subject] for subject in subjects]
-    names = trained.labels([subject.path for subject in subjects])
+    names = checkpoints.names_of([subject.path for subject in subjects])
     names = [' to '.join(names)] if args.kind == 'line' else names
     tables = [scan(args, group, images, name) for group, name in zip(groups, names)]
     stem = tables[0].path.removesuffix('.csv')
@@ -123,17 +126,17 @@ def check_line(first, second):
 
 def scan(args, group, images, title):
     """Measure what is missing in the table of one checkpoint, or of the line between two; returns the table."""
-    landscapes = [trained.landscape(group[0], batches) for batches in images.values()]
+    landscapes = [checkpoints.landscape(group[0], batches) for batches in images.values()]
     if args.kind == 'line':
-        place = functools.partial(on_line, landscapes[0], trained.landscape(group[1], landscapes[0].batches), args.path)
-        kind, name = {'path': args.path}, f'to-{trained.labels([group[1].path])[0].replace("/", "-")}-{args.path}'
+        place = functools.partial(on_line, landscapes[0], checkpoints.landscape(group[1], landscapes[0].batches), args.path)
+        kind, name = {'path': args.path}, f'to-{checkpoints.names_of([group[1].path])[0].replace("/", "-")}-{args.path}'
     else:
         place = around(landscapes[0], args)
         kind, name = {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}, args.kind
-    settings = {'kind': args.kind, 'checkpoints': [trained.description(subject) for subject in group], **kind, 'update_bn': args.update_bn,
-                'precision': group[0].args.precision, 'images': {part: trained.describe_images(batches) for part, batches in images.items()}}
+    settings = {'kind': args.kind, 'checkpoints': [checkpoints.description(subject) for subject in group], **kind, 'update_bn': args.update_bn,
+                'precision': group[0].args.precision, 'images': {part: checkpoints.describe_images(batches) for part, batches in images.items()}}
     columns = [f'{part} {quantity}'.lower() for part in images for quantity in quantities(len(group[0].state['classes']))]
-    stem = f'{trained.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
+    stem = f'{checkpoints.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
     table = Scan(stem, settings, AXES[args.kind] + columns, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]
     try:
@@ -173,7 +176,7 @@ def around(landscape, args):
     """A function of a point that gives (weights, None): along one of several random directions, or on the plane of two."""
     @functools.lru_cache(maxsize=2)
     def direction(number):
-        generator = data.seeded_generator(args.seed, number, device=landscape.weights.device)
+        generator = seeded_generator(args.seed, number, device=landscape.weights.device)
         return landscape.noise(generator, 'normal', 'filter', args.perturb_batch_norm)
 
     if args.surface:
@@ -235,4 +238,4 @@ def draw_surface(args, scans, *pictures):
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

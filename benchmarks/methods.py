@@ -23,7 +23,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from lsoftmax import LSoftmaxLinear  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import data, methods, schedule, training  # noqa: E402
+from utils import methods, schedule  # noqa: E402
+from utils.batches import Split  # noqa: E402
+from utils.run import Run  # noqa: E402
 
 LAYERS = '--large-margin-layers input layer1 layer2 layer3'
 ROWS = {
@@ -36,18 +38,18 @@ ROWS = {
 }
 
 
-def epoch(flags, options, split):
-    """A function that trains on the first `options.steps` batches of an epoch."""
+def epoch(flags, settings, split):
+    """A function that trains on the first `settings.steps` batches of an epoch."""
     parser = cifar.make_parser()
     args = parser.parse_args(f'--epochs 2 --lr-schedule cosine --warmup 0 --lr 1e-3 --manualSeed 0 {flags}'.split())
-    schedule.settle(args, None, parser)
+    schedule.fill_in(args, None, parser)
     torch.manual_seed(0)
-    model = models.build(options.arch, 10, methods.build_head(args), depth=options.depth)
+    model = models.build(settings.arch, 10, methods.build_head(args), depth=settings.depth)
     model.to(DEVICE, memory_format=torch.channels_last)
-    batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
-    batches.steps = options.steps
-    optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
-    return functools.partial(training.train, batches, model, criterion, optimizer, 0, args)
+    train = FirstBatches(split, *split.mean_and_std(), settings.batch, DEVICE, padding=4, flip=True)
+    train.steps = settings.steps
+    optimizer, criterion = methods.build_optimizer(args, model, settings.steps), methods.build_criterion(args, model)
+    return functools.partial(cifar.train, Run(args, {}, model, optimizer, {'train': train}), criterion, optimizer, 0, args)
 
 
 def peak_memory(kind, classes, features, batch):
@@ -87,25 +89,25 @@ def main():
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
     parser.add_argument('--classes', type=int, default=100000, help='of the measurement of memory; 0 leaves it out')
-    options = parser.parse_args()
+    settings = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
-    split = data.Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8, generator=generator),
+    split = Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8, generator=generator),
                        torch.randint(10, (50000,), generator=generator), list('0123456789'))
-    plain, timed = epoch('', options, split), {name: epoch(ROWS[name], options, split) for name in options.rows}
+    plain, timed = epoch('', settings, split), {name: epoch(ROWS[name], settings, split) for name in settings.rows}
     for function in (plain, *timed.values()):
         function()  # warm-up: memory, autotuning
-    rounds = [{name: (seconds(plain), seconds(function)) for name, function in timed.items()} for _ in range(options.rounds)]
+    rounds = [{name: (seconds(plain), seconds(function)) for name, function in timed.items()} for _ in range(settings.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{options.arch}, batch {options.batch}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}, {name}')
-    each = statistics.median(reference for row in rounds for reference, _ in row.values()) / options.steps
+    print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch {torch.__version__}, {name}')
+    each = statistics.median(reference for row in rounds for reference, _ in row.values()) / settings.steps
     print(f'plain SGD: {each * 1000:.1f} ms per step')
-    for name in options.rows:
+    for name in settings.rows:
         ratios = sorted(row[name][1] / row[name][0] for row in rounds)
         print(f'{ROWS[name]:90} {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f})')
-    if options.classes:
-        peaks = {kind: in_own_process(peak_memory, kind, options.classes, 512, 256) for kind in ('lsoftmax', 'linear')}
-        print(f'peak memory of a step with {options.classes} classes, 512 features, batch 256: LSoftmaxLinear {peaks["lsoftmax"]:.0f} MiB, '
+    if settings.classes:
+        peaks = {kind: in_own_process(peak_memory, kind, settings.classes, 512, 256) for kind in ('lsoftmax', 'linear')}
+        print(f'peak memory of a step with {settings.classes} classes, 512 features, batch 256: LSoftmaxLinear {peaks["lsoftmax"]:.0f} MiB, '
               f'nn.Linear {peaks["linear"]:.0f} MiB, ratio {peaks["lsoftmax"] / peaks["linear"]:.3f}')
 
 

@@ -32,12 +32,12 @@ def write_images(folder, number, size):
             pixels.resize((size, size), Image.Resampling.BICUBIC).save(path)
 
 
-def images_per_second(options, processes, folder):
-    flags = ['--data', folder, '--arch', options.arch, '--image-size', str(options.image_size), '--train-batch', str(options.batch),
-             '--epochs', '1', '--manualSeed', '0', '-j', str(options.workers), '--checkpoint', f'{folder}/run', '--overwrite', *options.flags]
+def images_per_second(settings, processes, folder):
+    flags = ['--data', folder, '--arch', settings.arch, '--image-size', str(settings.image_size), '--train-batch', str(settings.batch),
+             '--epochs', '1', '--manualSeed', '0', '-j', str(settings.workers), '--checkpoint', f'{folder}/run', '--overwrite', *settings.flags]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', 'imagenet.py', *flags]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    return options.images / read_log(f'{folder}/run/log.txt')['Seconds'][0]
+    return settings.images / read_log(f'{folder}/run/log.txt')['Seconds'][0]
 
 
 def main():
@@ -50,15 +50,15 @@ def main():
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('flags', nargs='*', help='further flags of imagenet.py, after --')
-    options = parser.parse_args()
+    settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_images(folder, options.images, options.image_size)
-        rounds = [[images_per_second(options, processes, folder) for processes in (1, options.processes)] for _ in range(options.rounds)]
+        write_images(folder, settings.images, settings.image_size)
+        rounds = [[images_per_second(settings, processes, folder) for processes in (1, settings.processes)] for _ in range(settings.rounds)]
     alone, together = (statistics.median(each) for each in zip(*rounds))
     ratios = sorted(several / one for one, several in rounds)
-    print(f'{options.arch} at {options.image_size} pixels, batch {options.batch} {" ".join(options.flags)}\n'
-          f'  one process {alone:8.1f} images/s\n  {options.processes} processes {together:8.1f} images/s\n'
-          f'images per second of {options.processes} processes over one: {statistics.median(ratios):.3f}  '
+    print(f'{settings.arch} at {settings.image_size} pixels, batch {settings.batch} {" ".join(settings.flags)}\n'
+          f'  one process {alone:8.1f} images/s\n  {settings.processes} processes {together:8.1f} images/s\n'
+          f'images per second of {settings.processes} processes over one: {statistics.median(ratios):.3f}  '
           f'(rounds {ratios[0]:.3f} to {ratios[-1]:.3f})')
 
 

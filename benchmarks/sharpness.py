@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from train_step import DEVICE, network, seconds
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from utils import data  # noqa: E402
-from utils.landscape import Landscape  # noqa: E402
-from utils.scan import Scan  # noqa: E402
+from utils.batches import Batches, Split, seeded_generator  # noqa: E402
+from utils.lab.landscape import Landscape  # noqa: E402
+from utils.lab.scan import Scan  # noqa: E402
 
 
 def main():
@@ -33,18 +33,18 @@ def main():
     parser.add_argument('--batch', type=int, default=500)
     parser.add_argument('--points', type=int, default=5, help='in one timing')
     parser.add_argument('--rounds', type=int, default=7)
-    options = parser.parse_args()
+    settings = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
-    split = data.Split(torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator),
-                       torch.randint(10, (options.images,), generator=generator), list('0123456789'))
-    batches = data.Batches(split, *data.mean_and_std(split.images), options.batch, DEVICE)
-    model = network(options).eval()
+    split = Split(torch.randint(256, (settings.images, 32, 32, 3), dtype=torch.uint8, generator=generator),
+                       torch.randint(10, (settings.images,), generator=generator), list('0123456789'))
+    batches = Batches(split, *split.mean_and_std(), settings.batch, DEVICE)
+    model = network(settings).eval()
     landscape, resident = Landscape(model, batches), list(batches)
-    direction = landscape.noise(data.seeded_generator(0, device=DEVICE), 'normal', 'filter')
+    direction = landscape.noise(seeded_generator(0, device=DEVICE), 'normal', 'filter')
 
     def bare_points():
         with torch.no_grad():
-            for _ in range(options.points):
+            for _ in range(settings.points):
                 loss, correct = torch.zeros((), device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
                 for inputs, targets in resident:
                     outputs = model(inputs)
@@ -55,31 +55,31 @@ def main():
     def scan():
         with tempfile.TemporaryDirectory() as folder:
             table = Scan(os.path.join(folder, 'scan'), {}, ['alpha', 'loss', 'top-1', 'top-5'], 1)
-            for index in range(options.points):
+            for index in range(settings.points):
                 alpha = 0.01 * index
                 table.append((alpha,), landscape.measure(landscape.weights + alpha * direction).values())
 
     def bare_gradients():
-        for _ in range(options.points):
+        for _ in range(settings.points):
             model.zero_grad()
             for inputs, targets in resident:
                 F.cross_entropy(model(inputs), targets).backward()
 
     def gradients():
-        for index in range(options.points):
+        for index in range(settings.points):
             landscape.loss_and_gradient(landscape.weights + 0.01 * index * direction)
 
     timed = {'scan': (bare_points, scan), 'gradients': (bare_gradients, gradients)}
     for pair in timed.values():
         for function in pair:
             function()  # warm-up: memory, autotuning
-    rounds = [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()} for _ in range(options.rounds)]
+    rounds = [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()} for _ in range(settings.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{options.arch}, {options.images} images, {options.rounds} rounds of {options.points} points, torch {torch.__version__}, {name}')
+    print(f'{settings.arch}, {settings.images} images, {settings.rounds} rounds of {settings.points} points, torch {torch.__version__}, {name}')
     for name, what in (('scan', 'points per second over a bare evaluation'), ('gradients', 'gradients per second over a bare pass')):
         ratios = sorted(row[name][0] / row[name][1] for row in rounds)
-        each = statistics.median(row[name][1] for row in rounds) / options.points
+        each = statistics.median(row[name][1] for row in rounds) / settings.points
         print(f'{what}: {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}; {each:.3f} s each)')
 
 

@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import checkpoint, data, methods, schedule, training  # noqa: E402
+from utils import checkpoint, methods, schedule  # noqa: E402
+from utils.batches import Batches, Split  # noqa: E402
 from utils.logger import Logger, plot_log  # noqa: E402
+from utils.run import Run  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 EPOCH = 391  # steps in an epoch of CIFAR-10 at batch 128
@@ -43,20 +45,20 @@ def seconds(function):
     return time.perf_counter() - began
 
 
-def network(options, channels_last=True):
+def network(settings, channels_last=True):
     torch.manual_seed(0)
-    model = models.build(options.arch, 10, depth=options.depth).to(DEVICE)
+    model = models.build(settings.arch, 10, depth=settings.depth).to(DEVICE)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
-def bare_loop(options):
-    model = network(options)
+def bare_loop(settings):
+    model = network(settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    inputs = torch.randn(options.batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
-    targets = torch.randint(10, (options.batch,), device=DEVICE)
+    inputs = torch.randn(settings.batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    targets = torch.randint(10, (settings.batch,), device=DEVICE)
 
     def epoch():
-        for _ in range(options.steps):
+        for _ in range(settings.steps):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
@@ -64,18 +66,19 @@ def bare_loop(options):
     return epoch
 
 
-def cifar_train(options, split, precision):
+def cifar_train(settings, split, precision):
     parser = cifar.make_parser()
     args = parser.parse_args(f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed 0'.split())
-    schedule.settle(args, None, parser)
-    model = network(options)
-    optimizer, criterion = methods.build_optimizer(args, model, options.steps), methods.build_criterion(args, model)
-    batches = FirstBatches(split, *data.mean_and_std(split.images), options.batch, DEVICE, padding=4, flip=True)
-    batches.steps = options.steps
-    return lambda: training.train(batches, model, criterion, optimizer, 0, args), model, optimizer
+    schedule.fill_in(args, None, parser)
+    model = network(settings)
+    optimizer, criterion = methods.build_optimizer(args, model, settings.steps), methods.build_criterion(args, model)
+    train = FirstBatches(split, *split.mean_and_std(), settings.batch, DEVICE, padding=4, flip=True)
+    train.steps = settings.steps
+    run = Run(args, {}, model, optimizer, {'train': train})
+    return lambda: cifar.train(run, criterion, optimizer, 0, args), model, optimizer
 
 
-class FirstBatches(data.Batches):
+class FirstBatches(Batches):
     """The first `steps` batches of an epoch, after the draws for the whole of it."""
 
     def __len__(self):
@@ -100,12 +103,12 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def usual_pipeline(options, split):
+def usual_pipeline(settings, split):
     pictures = Pictures(split)
-    sampler = RandomSampler(pictures, num_samples=options.steps * options.batch)
-    loader = DataLoader(pictures, options.batch, sampler=sampler, num_workers=options.workers, persistent_workers=True,
+    sampler = RandomSampler(pictures, num_samples=settings.steps * settings.batch)
+    loader = DataLoader(pictures, settings.batch, sampler=sampler, num_workers=settings.workers, persistent_workers=True,
                         pin_memory=DEVICE.type == 'cuda')
-    model = network(options, channels_last=False)
+    model = network(settings, channels_last=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def epoch():
@@ -145,22 +148,22 @@ def main():
     parser.add_argument('--steps', type=int, default=40, help='steps in one timing')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--workers', type=int, default=min(8, os.cpu_count()), help="the DataLoader's")
-    options = parser.parse_args()
-    number = options.steps * options.batch
-    split = data.Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (50000,)), list('0123456789'))
-    ours, model, optimizer = cifar_train(options, split, 'fp32')
-    timed = {'bare': bare_loop(options), 'ours': ours, 'ours bf16': cifar_train(options, split, 'bf16')[0],
-             'usual': usual_pipeline(options, split), 'end of epoch': end_of_epoch(model, optimizer)}
+    settings = parser.parse_args()
+    number = settings.steps * settings.batch
+    split = Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (50000,)), list('0123456789'))
+    ours, model, optimizer = cifar_train(settings, split, 'fp32')
+    timed = {'bare': bare_loop(settings), 'ours': ours, 'ours bf16': cifar_train(settings, split, 'bf16')[0],
+             'usual': usual_pipeline(settings, split), 'end of epoch': end_of_epoch(model, optimizer)}
     for function in timed.values():
         function()  # warm-up: memory, workers, autotuning
-    rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(options.rounds)]
+    rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(settings.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{options.arch}, batch {options.batch}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}, {name}')
+    print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch {torch.__version__}, {name}')
     for key in timed:
         each = statistics.median(row[key] for row in rounds)
         print(f'  {key:12} {each * 1000:8.1f} ms' if key == 'end of epoch' else
-              f'  {key:12} {each / options.steps * 1000:8.1f} ms per step {number / each:9.0f} images/s')
+              f'  {key:12} {each / settings.steps * 1000:8.1f} ms per step {number / each:9.0f} images/s')
 
     def ratio(function):
         values = sorted(function(row) for row in rounds)
@@ -168,7 +171,7 @@ def main():
 
     print('epoch of cifar.py / bare loop:', ratio(lambda row: row['ours'] / row['bare']))
     print(f'  with the end of an epoch of {EPOCH} steps:',
-          ratio(lambda row: (row['ours'] * EPOCH / options.steps + row['end of epoch']) / (row['bare'] * EPOCH / options.steps)))
+          ratio(lambda row: (row['ours'] * EPOCH / settings.steps + row['end of epoch']) / (row['bare'] * EPOCH / settings.steps)))
     print('images per second over the usual pipeline, fp32:', ratio(lambda row: row['usual'] / row['ours']))
     print('images per second over the usual pipeline, bf16:', ratio(lambda row: row['usual'] / row['ours bf16']))
 

@@ -1,4 +1,4 @@
-"""What every architecture shares: a swappable classifier head, and one way to refuse an impossible depth."""
+"""What architectures share: a swappable classifier head, stages, options with defaults, initialisation, depths."""
 import inspect
 from typing import NamedTuple
 
@@ -20,12 +20,12 @@ class ImageClassifier(nn.Module):
     """Features, then a head that can be swapped.
 
     A subclass builds its layers, calls `set_head`, and defines `features(x)`, which maps images
-    (batch, 3, height, width) to features (batch, in_features).
+    (batch, 3, height, width) to features (batch, in_features). `in_features` and `num_classes` are the sizes of the head.
 
     It may also say how it wants to be trained, or leave these None:
     regime: a dict of epoch -> settings (optimizer, lr, momentum, weight_decay) that hold from that epoch on, or a method
     regime(self, epoch) that gives such settings.
-    input_transform: {'train': f, 'eval': f}, f: PIL image -> float tensor (3, height, width), in place of the script's own
+    input_transform: {'train': f, 'eval': f}, f: PIL image -> float tensor (3, height, width), instead of the script's
     cropping, mirroring and normalising.
     """
     regime = None
@@ -33,6 +33,7 @@ class ImageClassifier(nn.Module):
 
     def set_head(self, in_features, num_classes, classifier):
         """`classifier` is any callable (in_features, num_classes) -> module."""
+        self.in_features, self.num_classes = in_features, num_classes
         self.head = classifier(in_features, num_classes)
         # A method's head is called with the targets too; nn.Linear knows only features.
         self.head_takes_targets = 'targets' in inspect.signature(self.head.forward).parameters
@@ -50,6 +51,17 @@ class ImageClassifier(nn.Module):
     def classify(self, features, targets=None):
         """The head alone, features (batch, in_features)."""
         return self.head(features, targets) if self.head_takes_targets else self.head(features)
+
+    def train(self, mode=True):
+        """As in nn.Module, but BatchNorm inside of a module whose parameters are all frozen keeps its statistics."""
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                for norm in module.modules():
+                    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                        norm.eval()
+        return self
 
 
 class StagedClassifier(ImageClassifier):
@@ -71,9 +83,9 @@ class StagedClassifier(ImageClassifier):
 
 
 def with_defaults(arch, options, known, flags):
-    """`options` (None = not given) over `known`, those of `arch` with their defaults; flags: the flag of each.
+    """`options` (None = not given), with the defaults of `known`, the options of `arch`; flags: the flag of each option.
 
-    ValueError if one is given that the architecture does not know.
+    ValueError if an option is given that the architecture does not know.
     """
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
@@ -81,6 +93,10 @@ def with_defaults(arch, options, known, flags):
             takes = ', '.join(flags[option] for option in known) or 'no such option'
             raise ValueError(f'{flags[name]} is not used by --arch {arch}, which takes {takes}')
     return {**known, **given}
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def global_average_pool(x):

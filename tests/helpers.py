@@ -10,14 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cifar
-from utils import data, training
+from utils import datasets
 from utils.errors import UserError
-from utils.landscape import Landscape
+from utils.lab.landscape import Landscape
+from utils.run import Run
 
 
 def refused(monkeypatch, capsys, tmp_path, flags):
     """What cifar.py says of these flags, started in `tmp_path`: one sentence, before any data is read."""
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
@@ -30,16 +31,16 @@ def refused(monkeypatch, capsys, tmp_path, flags):
 
 def broken_off(monkeypatch, flags, epoch):
     """A run of cifar.py that ends like one that was killed when epoch `epoch`, counted from 0, should begin."""
-    train = training.train
+    train = cifar.train
 
-    def killed(batches, model, criterion, optimizer, number, *rest, **options):
+    def killed(run, criterion, optimizer, number, args):
         if number == epoch:
             raise KeyboardInterrupt
-        return train(batches, model, criterion, optimizer, number, *rest, **options)
+        return train(run, criterion, optimizer, number, args)
 
     monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, 'train', killed)
+        patch.setattr(cifar, 'train', killed)
         cifar.main()
 
 
@@ -68,8 +69,13 @@ class NothingIsRead(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def unrecorded(args, model, optimizer, batches):
+    """A Run that writes nothing, for `train` of a script."""
+    return Run(args, {}, model, optimizer, {'train': batches})
+
+
 class Fixed(list):
-    """(inputs, targets) pairs with what a data.Batches says of itself."""
+    """(inputs, targets) pairs with what a Batches says of itself."""
 
     def __init__(self, pairs, num_classes):
         super().__init__(pairs)
@@ -101,11 +107,11 @@ def toy_runs(**flags):
     """A fixture: the folder of short trainings on 160 digits, one for each name, with these flags of cifar.py. No curves are drawn."""
     @pytest.fixture(scope='module')
     def runs(tmp_path_factory):
-        folder, load = tmp_path_factory.mktemp('runs'), data.load
+        folder, load = tmp_path_factory.mktemp('runs'), datasets.load
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data, 'load', lambda name, root, part, *rest:
+            patch.setattr(datasets, 'load', lambda name, root, part, *rest:
                           load('digits', None, part).subset(torch.arange(160 if part == 'train' else 60)))
-            patch.setattr(training, 'plot_log', lambda *args: None)
+            patch.setattr('utils.run.plot_log', lambda *args: None)
             for name, own in flags.items():
                 call(patch, cifar, f'-d digits --epochs 1 --lr 0.02 --train-batch 16 --manualSeed 2 {own} -c {folder}/{name}')
             yield folder

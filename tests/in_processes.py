@@ -10,7 +10,9 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import data, distributed, methods, options, training  # noqa: E402
+from utils import distributed, methods  # noqa: E402
+from utils.run import Run, validate  # noqa: E402
+from utils.batches import Batches, Split, mean_and_std  # noqa: E402
 
 # 21 images in batches of 8 end with one of 5, whose parts of 2 are 2, 2 and 1; of 18 the last 2 leave the second process none.
 GHOST = '--train-batch 8 --mini-batch 2 '
@@ -35,29 +37,28 @@ LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-
 def images_of(number):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (number, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return data.Split(pixels, torch.randint(10, (number,), generator=generator), list('0123456789'))
+    return Split(pixels, torch.randint(10, (number,), generator=generator), list('0123456789'))
 
 
 def train(flags, number):
     parser = cifar.make_parser()
     args = parser.parse_args(['--epochs', '2', '--lr', '0.05', '--manualSeed', '3', *flags.split()])
     methods.check_arguments(args, parser)
-    args.network = {} if args.arch == 'lenet' else {'depth': 8}
-    options.settle(args, None, None, parser)
+    validate(args, None, None, parser)
     torch.manual_seed(args.seed)
-    model = models.build(args.arch, 10, methods.build_head(args), **args.network).double()
+    model = models.build(args.arch, 10, methods.build_head(args), **({} if args.arch == 'lenet' else {'depth': 8})).double()
     split = images_of(number)
-    mean, std = data.mean_and_std(split.images)
-    make = lambda size: data.Batches(split, mean, std, size, 'cpu', padding=4, flip=True)  # noqa: E731
+    mean, std = mean_and_std(split.images)
+    make = lambda size: Batches(split, mean, std, size, 'cpu', padding=4, flip=True)  # noqa: E731
     batches, whole = make(args.train_batch * args.batch_multiplier), make(7)
     for each in (batches, whole):
         each.mean, each.std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     optimizer = methods.build_optimizer(args, model, len(batches))
     criterion = methods.build_criterion(args, model)
-    trained = training.train(batches, distributed.parallel(model), criterion, optimizer, 0, args)
-    tested = training.test(whole, model, args)
+    trained = cifar.train(Run(args, {}, model, optimizer, {'train': batches}), criterion, optimizer, 0, args)
+    tested = cifar.test(whole, model, args)
     weights = torch.cat([value.double().flatten() for value in model.state_dict().values()])
-    agree = len({tuple(each.tolist()) for each in distributed.gathered(weights)}) == 1
+    agree = len({tuple(each.tolist()) for each in distributed.all_gather(weights)}) == 1
     return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'trained': trained, 'tested': tested, 'agree': agree}
 
 

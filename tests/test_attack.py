@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-from utils.attack import Attack
+from utils.lab.attack import Attack
 
 MEAN, STD = torch.tensor([120.0, 100.0, 80.0]), torch.tensor([60.0, 50.0, 70.0])
 

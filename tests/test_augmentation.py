@@ -15,7 +15,8 @@ import cifar
 import evaluate
 from models import cifar as models
 from models.base import ImageClassifier, global_average_pool
-from utils import data, training
+from utils import datasets
+from utils.batches import Batches, Split, auto_augment, cut_out, mean_and_std
 
 CPU = torch.device('cpu')
 MEAN, STD = [120.0, 100.0, 80.0], [60.0, 50.0, 40.0]
@@ -24,11 +25,11 @@ MEAN, STD = [120.0, 100.0, 80.0], [60.0, 50.0, 40.0]
 def random_split(number=12, size=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (number, size, size, 3), generator=generator).to(torch.uint8)
-    return data.Split(images, torch.arange(number), [str(name) for name in range(number)])  # each image is a class of its own
+    return Split(images, torch.arange(number), [str(name) for name in range(number)])  # each image is a class of its own
 
 
 def make(split=None, batch_size=4, **options):
-    return data.Batches(split or random_split(), MEAN, STD, batch_size, 'cpu', **options)
+    return Batches(split or random_split(), MEAN, STD, batch_size, 'cpu', **options)
 
 
 def normalised(images):
@@ -76,7 +77,7 @@ def test_cut_out_pixel_by_pixel(seed, batch, height, width, size):
     images = 1 + torch.rand(batch, 3, height, width, generator=generator)
     centre = torch.stack([torch.randint(side, (batch,), generator=generator) for side in (height, width)], dim=1)
     before = images.clone().contiguous(memory_format=torch.channels_last)
-    result = data.cut_out(images, size, centre)
+    result = cut_out(images, size, centre)
     assert result is images
     for i in range(batch):
         first_row, first_column = (centre[i] - size // 2).tolist()
@@ -91,7 +92,7 @@ def test_cut_out_pixel_by_pixel(seed, batch, height, width, size):
     (3, (4, 4), (3, 6), (3, 6)), (1, (7, 0), (7, 8), (0, 1)), (16, (4, 4), (0, 8), (0, 8)),
 ])
 def test_squares_of_even_and_odd_sizes_at_the_borders(size, centre, rows, columns):
-    image = data.cut_out(torch.ones(1, 3, 8, 8), size, torch.tensor([centre]))
+    image = cut_out(torch.ones(1, 3, 8, 8), size, torch.tensor([centre]))
     expected = torch.ones(1, 3, 8, 8)
     expected[:, :, slice(*rows), slice(*columns)] = 0
     assert torch.equal(image, expected)
@@ -199,19 +200,19 @@ def test_a_transform_of_one_image_and_of_a_short_last_batch():
 def test_autoaugment_changes_images_but_not_their_order(policy):
     split = random_split(16, size=32)
     plain, augmented, many = (list(make(split, padding=4, transform=f, workers=workers).shuffled(0, 0))
-                              for f, workers in ((None, 1), (data.auto_augment(policy), 1), (data.auto_augment(policy), 2)))
+                              for f, workers in ((None, 1), (auto_augment(policy), 1), (auto_augment(policy), 2)))
     assert_same(augmented, many)
     changed = 0
     for (images, labels), (others, same_labels) in zip(plain, augmented, strict=True):
         assert torch.equal(labels, same_labels) and images.shape == others.shape and others.dtype == torch.float32
         changed += (images != others).any(dim=(1, 2, 3)).sum().item()
     assert changed >= 8
-    again = list(make(split, padding=4, transform=data.auto_augment(policy)).shuffled(0, 1))
+    again = list(make(split, padding=4, transform=auto_augment(policy)).shuffled(0, 1))
     assert not any(torch.equal(images, others) for (images, _), (others, _) in zip(augmented, again))
 
 
 def test_autoaugment_fills_with_grey():
-    black, augment, levels = Image.new('RGB', (32, 32)), data.auto_augment('svhn'), set()
+    black, augment, levels = Image.new('RGB', (32, 32)), auto_augment('svhn'), set()
     torch.manual_seed(0)
     for _ in range(20):
         levels.update(np.unique(np.array(augment(black))).tolist())
@@ -219,10 +220,10 @@ def test_autoaugment_fills_with_grey():
 
 
 def test_digits_have_the_policy_of_svhn_and_all_else_that_of_cifar10():
-    policies = {name: known.policy for name, known in data.DATASETS.items()}
+    policies = {name: known.policy for name, known in datasets.DATASETS.items()}
     assert policies == {'cifar10': 'cifar10', 'cifar100': 'cifar10', 'svhn': 'svhn', 'mnist': 'svhn', 'fashion-mnist': 'cifar10',
                         'digits': 'svhn', 'folder': 'cifar10'}
-    assert {policy: data.auto_augment(policy).policy for policy in ('svhn', 'cifar10')} == {
+    assert {policy: auto_augment(policy).policy for policy in ('svhn', 'cifar10')} == {
         'svhn': AutoAugmentPolicy.SVHN, 'cifar10': AutoAugmentPolicy.CIFAR10}
 
 
@@ -231,10 +232,10 @@ def test_digits_have_the_policy_of_svhn_and_all_else_that_of_cifar10():
 @pytest.fixture
 def few(monkeypatch):
     """Every data set is 40 images of digits, and no curves are drawn. The split that is loaded."""
-    load = data.load
+    load = datasets.load
     split = load('digits', None, 'train').subset(torch.arange(40))
-    monkeypatch.setattr(data, 'load', lambda name, root, part, *rest: split)
-    monkeypatch.setattr(training, 'plot_log', lambda *args: None)
+    monkeypatch.setattr(datasets, 'load', lambda name, root, part, *rest: split)
+    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
     return split
 
 
@@ -250,7 +251,7 @@ def all_bytes(images):
 
 def restored(batches, state_images):
     """Images of an epoch, as bytes again."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in data.mean_and_std(state_images))
+    mean, std = (torch.tensor(values)[:, None, None] for values in mean_and_std(state_images))
     return [(image.double() * std + mean).round().to(torch.uint8).permute(1, 2, 0) for images, _ in batches for image in images]
 
 

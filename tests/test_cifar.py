@@ -18,7 +18,8 @@ from torch import nn
 
 import cifar
 from helpers import refused
-from utils import data, methods, training
+from utils import datasets, methods
+from utils.batches import mean_and_std
 from utils.errors import UserError
 from utils.logger import read_log
 
@@ -142,8 +143,8 @@ def test_evaluate_reads_the_checkpoint_and_writes_nothing(reference, monkeypatch
 
 
 def test_validation_chooses_the_epoch_and_the_test_set_is_read_once(monkeypatch, tmp_path, capsys):
-    calls, test = [], training.test
-    monkeypatch.setattr(training, 'test', lambda batches, *rest: calls.append(len(batches.labels)) or test(batches, *rest))
+    calls, test = [], cifar.test
+    monkeypatch.setattr(cifar, 'test', lambda batches, *rest: calls.append(len(batches.labels)) or test(batches, *rest))
     call(monkeypatch, f'-d digits --depth 8 --epochs 3 --lr-schedule onecycle --val-split 0.1 -c {tmp_path}')
     assert calls == [142, 142, 142, 360]  # a tenth of each class
     log, result = read_log(f'{tmp_path}/log.txt'), json.load(open(f'{tmp_path}/result.json'))
@@ -212,8 +213,8 @@ def test_a_folder_of_64_pixel_images_end_to_end(monkeypatch, tmp_path, capsys):
     assert set(read_log(f'{tmp_path}/run/log.txt')) == {'Epoch', 'Learning Rate', 'Train Loss', 'Train Top-1', 'Test Loss',
                                                         'Test Top-1', 'Seconds'}  # two classes: no top-5
     state = torch.load(f'{tmp_path}/run/checkpoint.pth.tar', weights_only=True)
-    split = data.load('folder', str(tmp_path), 'train', 64)
-    assert (state['mean'], state['std']) == data.mean_and_std(split.images) and state['classes'] == ['bright', 'dark']
+    split = datasets.load('folder', str(tmp_path), 'train', 64)
+    assert (state['mean'], state['std']) == mean_and_std(split.images) and state['classes'] == ['bright', 'dark']
     call(monkeypatch, f'-e --resume {tmp_path}/run/checkpoint.pth.tar')  # the folder and its image size are remembered
 
 
@@ -265,15 +266,15 @@ def test_a_batch_larger_than_what_the_conditions_leave_is_refused(monkeypatch, t
 ])
 def test_what_contradicts_the_checkpoint_is_refused(flags, sentence, reference, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises((SystemExit, UserError)) as error:
         call(monkeypatch, f'--resume {reference}/checkpoint.pth.tar {flags}')
     assert sentence in capsys.readouterr().err + str(error.value)
 
 
 def test_other_classes_of_the_same_number_are_refused(reference, monkeypatch):
-    load = data.load
-    monkeypatch.setattr(data, 'load', lambda *args: load(*args)._replace(classes=list('abcdefghij')))
+    load = datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args)._replace(classes=list('abcdefghij')))
     with pytest.raises(UserError, match='knows the classes 0 1 2 .* but digits has a b c'):
         call(monkeypatch, f'-e --resume {reference}/checkpoint.pth.tar')
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import cifar
 from helpers import refused
-from utils import conditions, data, training
+from utils import conditions, datasets
+from utils.batches import Split, mean_and_std
 from utils.errors import UserError
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / 'goldens/imbalance.npz')
@@ -25,7 +26,7 @@ def labelled(labels):
     place = np.arange(len(labels))
     pixels = np.stack([place // 256, place % 256, labels], axis=1).astype(np.uint8)
     names = [f'class{c}' for c in range(max(labels) + 1)]
-    return data.Split(torch.from_numpy(pixels)[:, None, None], torch.from_numpy(labels), names)
+    return Split(torch.from_numpy(pixels)[:, None, None], torch.from_numpy(labels), names)
 
 
 def split_of(counts):
@@ -288,13 +289,13 @@ def test_the_random_state_of_the_program_is_left_alone():
 def test_the_test_set_is_neither_thinned_nor_mislabelled(capsys):
     state, args = {}, arguments(f'-d digits --train-batch 64 {ALL} --manualSeed 4')
     batches = cifar.load_batches(args, state, {}, CPU)
-    whole, test = (data.load('digits', None, part) for part in ('train', 'test'))
+    whole, test = (datasets.load('digits', None, part) for part in ('train', 'test'))
     assert torch.equal(batches['test'].images, test.images) and torch.equal(batches['test'].labels, test.labels)
     train, val = conditions.apply(args, whole)
     assert torch.equal(batches['train'].images, train.images) and torch.equal(batches['train'].labels, train.labels)
     assert torch.equal(batches['val'].images, val.images)
     assert val.class_counts() == [round(0.2 * count) for count in whole.class_counts()]
-    assert (state['mean'], state['std'], state['classes']) == (*data.mean_and_std(whole.images), whole.classes)
+    assert (state['mean'], state['std'], state['classes']) == (*mean_and_std(whole.images), whole.classes)
     printed, by_class = capsys.readouterr().out, ' '.join(map(str, train.class_counts()))
     assert f'{len(train.labels)} training images, by class: {by_class} | {len(val.labels)} for validation' in printed
 
@@ -313,14 +314,14 @@ def checkpoint(tmp_path_factory):
     """That of a run with every condition, after one epoch."""
     folder = tmp_path_factory.mktemp('conditions')
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(training, 'plot_log', lambda *args: None)
+        monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
         call(monkeypatch, f'-d digits -a mlp --epochs 1 --imbalance-seed 3 --manualSeed 4 {ALL} -c {folder}')
     return folder / 'checkpoint.pth.tar'
 
 
 def test_a_whole_run_trains_on_what_the_conditions_leave(checkpoint):
     args = json.loads((checkpoint.parent / 'args.json').read_text())
-    train, _ = conditions.apply(arguments(f'{ALL} --manualSeed 4 --imbalance-seed 3'), data.load('digits', None, 'train'))
+    train, _ = conditions.apply(arguments(f'{ALL} --manualSeed 4 --imbalance-seed 3'), datasets.load('digits', None, 'train'))
     assert args['training images by class'] == train.class_counts()
     result = json.loads((checkpoint.parent / 'result.json').read_text())
     assert result['chosen by'] == 'validation' and len(result['test class accuracy']) == 10
@@ -366,7 +367,7 @@ def test_the_conditions_cannot_change_when_a_run_is_resumed(flags, folder, check
 
 
 def test_a_resumed_run_trains_on_the_same_images_and_may_be_told_so_again(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, 'plot_log', lambda *args: None)
+    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
     call(monkeypatch, f'--resume {checkpoint} --epochs 2 --imbalance-seed 3 --manualSeed 4 {ALL} -c {tmp_path}')
     before, after = (json.loads((folder / 'args.json').read_text()) for folder in (checkpoint.parent, tmp_path))
     assert after['training images by class'] == before['training images by class'] and after['epochs'] == 2

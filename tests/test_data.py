@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import data
+from utils import datasets
+from utils.batches import Batches, Split, crop_and_flip, mean_and_std
 from utils.errors import UserError
 
 
 def random_split(number=50, classes=5, size=32):
     generator = torch.Generator().manual_seed(0)
-    return data.Split(torch.randint(256, (number, size, size, 3), generator=generator).to(torch.uint8),
+    return Split(torch.randint(256, (number, size, size, 3), generator=generator).to(torch.uint8),
                       torch.arange(number) % classes, [str(name) for name in range(classes)])
 
 
@@ -35,7 +36,7 @@ def test_crop_and_flip_pixel_by_pixel(seed, batch, height, width, padding):
     images = torch.randint(256, (batch, height, width, 3), generator=generator).to(torch.uint8)
     offset = torch.randint(2 * padding + 1, (batch, 2), generator=generator)
     mirror = torch.rand(batch, generator=generator) < 0.5
-    result = data.crop_and_flip(images, padding, offset, mirror)
+    result = crop_and_flip(images, padding, offset, mirror)
     assert result.shape == images.shape and result.dtype == torch.uint8
     for i in range(batch):
         for row in range(height):
@@ -49,11 +50,11 @@ def test_crop_and_flip_pixel_by_pixel(seed, batch, height, width, padding):
 
 def test_normalisation_is_exact_and_in_channels_last():
     split = random_split()
-    mean, std = data.mean_and_std(split.images)
+    mean, std = mean_and_std(split.images)
     values = split.images.double().reshape(-1, 3)
     assert mean == pytest.approx(values.mean(dim=0).tolist(), rel=1e-12)
     assert std == pytest.approx(values.std(dim=0, correction=0).tolist(), rel=1e-12)
-    batches = data.Batches(split, mean, std, 20, 'cpu')
+    batches = Batches(split, mean, std, 20, 'cpu')
     images = torch.cat([inputs for inputs, _ in batches])
     assert images[:20].is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
     expected = (split.images.double() - torch.tensor(mean)) / torch.tensor(std)
@@ -62,7 +63,7 @@ def test_normalisation_is_exact_and_in_channels_last():
 
 
 def test_a_batch_depends_on_seed_epoch_and_index_alone():
-    batches = data.Batches(random_split(), [120.0] * 3, [60.0] * 3, 16, 'cpu', padding=4, flip=True)
+    batches = Batches(random_split(), [120.0] * 3, [60.0] * 3, 16, 'cpu', padding=4, flip=True)
     epoch = list(batches.shuffled(seed=1, epoch=3))
     torch.manual_seed(99)
     list(batches.shuffled(seed=1, epoch=2))
@@ -75,34 +76,34 @@ def test_a_batch_depends_on_seed_epoch_and_index_alone():
 
 def test_an_epoch_shows_every_image_once_and_moves_it_in_all_ways():
     split = random_split(number=400, classes=400, size=8)
-    plain = data.Batches(split, [0.0] * 3, [1.0] * 3, 64, 'cpu')
+    plain = Batches(split, [0.0] * 3, [1.0] * 3, 64, 'cpu')
     images, labels = (torch.cat(parts) for parts in zip(*plain.shuffled(0, 0)))
     assert sorted(labels.tolist()) == list(range(400)) and labels.tolist() != list(range(400))
     assert torch.equal(images.permute(0, 2, 3, 1).to(torch.uint8), split.images[labels])
 
-    moved = data.Batches(split, [0.0] * 3, [1.0] * 3, 64, 'cpu', padding=4, flip=True)
+    moved = Batches(split, [0.0] * 3, [1.0] * 3, 64, 'cpu', padding=4, flip=True)
     seen = set()
     for inputs, labels in moved.shuffled(0, 0):
         for image, label in zip(inputs.permute(0, 2, 3, 1).to(torch.uint8), labels):
             original = split.images[label]
             seen.update((row, column, mirror) for row in range(9) for column in range(9) for mirror in (False, True)
-                        if torch.equal(image[None], data.crop_and_flip(original[None], 4, torch.tensor([[row, column]]),
+                        if torch.equal(image[None], crop_and_flip(original[None], 4, torch.tensor([[row, column]]),
                                                                        torch.tensor([mirror]))))
     assert {key[0] for key in seen} == {key[1] for key in seen} == set(range(9)) and {key[2] for key in seen} == {False, True}
 
 
 def test_one_image_and_a_short_last_batch():
-    batches = data.Batches(random_split(number=1), [0.0] * 3, [1.0] * 3, 16, 'cpu', padding=4, flip=True)
+    batches = Batches(random_split(number=1), [0.0] * 3, [1.0] * 3, 16, 'cpu', padding=4, flip=True)
     (inputs, labels), = batches.shuffled(0, 0)
     assert inputs.shape == (1, 3, 32, 32) and labels.tolist() == [0]
-    sizes = [len(labels) for _, labels in data.Batches(random_split(50), [0.0] * 3, [1.0] * 3, 16, 'cpu').shuffled(0, 0)]
+    sizes = [len(labels) for _, labels in Batches(random_split(50), [0.0] * 3, [1.0] * 3, 16, 'cpu').shuffled(0, 0)]
     assert sizes == [16, 16, 16, 2]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 def test_a_batch_is_the_same_on_every_device():
-    on_cpu, on_gpu = (data.Batches(random_split(), [120.0] * 3, [60.0] * 3, 16, device, padding=4, flip=True)
+    on_cpu, on_gpu = (Batches(random_split(), [120.0] * 3, [60.0] * 3, 16, device, padding=4, flip=True)
                       for device in ('cpu', 'cuda'))
     for (images, labels), (other_images, other_labels) in zip(on_cpu.shuffled(0, 0), on_gpu.shuffled(0, 0)):
         torch.testing.assert_close(images, other_images.cpu())
@@ -112,9 +113,9 @@ def test_a_batch_is_the_same_on_every_device():
 # Sets
 
 def test_digits():
-    train, test = (data.load('digits', None, part) for part in ('train', 'test'))
+    train, test = (datasets.load('digits', None, part) for part in ('train', 'test'))
     assert train.images.shape == (1437, 32, 32, 3) and test.images.shape == (360, 32, 32, 3)
-    assert len(train.labels) == data.DATASETS['digits'].train_size
+    assert len(train.labels) == datasets.DATASETS['digits'].train_size
     assert train.images.dtype == torch.uint8 and train.images.max() == 255 and train.labels.dtype == torch.int64
     assert (train.images[..., 0] == train.images[..., 2]).all()
     assert torch.bincount(test.labels).min() >= 34
@@ -135,9 +136,9 @@ def write_folder(root, classes=('cat', 'dog'), number=3, size=(32, 32), extensio
 
 def test_folder(tmp_path):
     write_folder(tmp_path)
-    known = data.describe('folder', str(tmp_path))
+    known = datasets.describe('folder', str(tmp_path))
     assert (known.num_classes, known.train_size) == (2, 6)
-    split = data.load('folder', str(tmp_path), 'train')
+    split = datasets.load('folder', str(tmp_path), 'train')
     assert split.classes == ['cat', 'dog'] and split.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.array_equal(split.images[4].numpy(), np.asarray(Image.open(tmp_path / 'train/dog/1.png')))
 
@@ -145,14 +146,14 @@ def test_folder(tmp_path):
 @pytest.mark.parametrize('size, mode, extension', [((64, 64), 'RGB', 'jpg'), ((80, 100), 'RGB', 'png'), ((28, 28), 'L', 'png')])
 def test_folder_of_other_sizes_and_grey_images(tmp_path, size, mode, extension):
     write_folder(tmp_path, size=size, mode=mode, extension=extension)
-    assert data.load('folder', str(tmp_path), 'test', image_size=64).images.shape == (6, 64, 64, 3)
+    assert datasets.load('folder', str(tmp_path), 'test', image_size=64).images.shape == (6, 64, 64, 3)
 
 
 def test_folder_that_is_not_sound_is_named(tmp_path):
     def fails(*words):
         with pytest.raises(UserError) as error:
-            data.describe('folder', str(tmp_path))
-            data.load('folder', str(tmp_path), 'train')
+            datasets.describe('folder', str(tmp_path))
+            datasets.load('folder', str(tmp_path), 'train')
         assert all(word in str(error.value) for word in words) and '\n' not in str(error.value), error.value
 
     fails(f'no folder {tmp_path}/train')
@@ -174,9 +175,9 @@ def test_labels_out_of_range_are_named():
     split = random_split()
     split.labels[7] = 5
     with pytest.raises(UserError, match=r'image 7 has label 5, outside 0 to 4'):
-        data._checked(split, 'set')
+        datasets._checked(split, 'set')
     with pytest.raises(UserError, match='at least one'):
-        data._checked(data.Split(split.images[:0], split.labels[:0], split.classes), 'set')
+        datasets._checked(Split(split.images[:0], split.labels[:0], split.classes), 'set')
 
 
 # torchvision's sets, in files of the real format
@@ -234,13 +235,13 @@ def cifar_archive(tmp_path, monkeypatch, offline):
 
 def test_cifar10_from_the_archive_in_data(cifar_archive):
     root, source = cifar_archive
-    split = data.load('cifar10', str(root), 'train')
+    split = datasets.load('cifar10', str(root), 'train')
     assert split.images.shape == (20, 32, 32, 3) and split.labels.tolist() == [0, 1, 8, 9] * 5 and len(split.classes) == 10
     row = pickle.loads((source / 'data_batch_1').read_bytes())['data'][1]
     assert np.array_equal(split.images[1].numpy(), row.reshape(3, 32, 32).transpose(1, 2, 0))
     assert sorted(os.listdir(root)) == ['cifar-10-batches-py', 'cifar-10-python.tar.gz']
     os.remove(root / 'cifar-10-python.tar.gz')
-    assert len(data.load('cifar10', str(root), 'test').images) == 4  # unpacked once is enough
+    assert len(datasets.load('cifar10', str(root), 'test').images) == 4  # unpacked once is enough
 
 
 def test_a_truncated_archive_is_named_and_left_alone(cifar_archive):
@@ -249,7 +250,7 @@ def test_a_truncated_archive_is_named_and_left_alone(cifar_archive):
     archive.write_bytes(archive.read_bytes()[:-100])
     before = archive.read_bytes()
     with pytest.raises(UserError) as error:
-        data.load('cifar10', str(root), 'train')
+        datasets.load('cifar10', str(root), 'train')
     assert 'cifar-10-python.tar.gz is there, but truncated or damaged' in str(error.value)
     assert archive.read_bytes() == before and os.listdir(root) == ['cifar-10-python.tar.gz']
 
@@ -259,7 +260,7 @@ def test_a_truncated_archive_is_named_and_left_alone(cifar_archive):
                                         ('fashion-mnist', 'FashionMNIST/raw/t10k-labels-idx1-ubyte.gz')])
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(name, file, tmp_path, offline):
     with pytest.raises(UserError) as error:
-        data.load(name, str(tmp_path / 'new'), 'train')
+        datasets.load(name, str(tmp_path / 'new'), 'train')
     sentence = str(error.value)
     assert 'connection reset' in sentence and '://' in sentence and str(tmp_path / 'new' / file) in sentence
     assert 'python cifar.py --dataset digits' in sentence and '\n' not in sentence
@@ -278,15 +279,15 @@ def test_mnist_and_fashion_mnist(tmp_path, monkeypatch, offline, compressed):
             path.write_bytes(gzip.compress(content) if compressed else content)
             resources.append((name + '.gz', md5(path)))
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, 'resources', resources)
-    split = data.load('fashion-mnist', str(tmp_path), 'train')
+    split = datasets.load('fashion-mnist', str(tmp_path), 'train')
     assert split.labels.tolist() == [9, 0, 1, 2, 3, 4] and split.images.shape == (6, 32, 32, 3)
     assert np.array_equal(split.images[:, 2:30, 2:30, 1].numpy(), images) and split.images[:, :2].max() == 0
     (raw / 'train-images-idx3-ubyte').write_bytes((raw / 'train-images-idx3-ubyte').read_bytes()[:-100])
     if compressed:  # unpacked again
-        assert torch.equal(data.load('fashion-mnist', str(tmp_path), 'train').images, split.images)
+        assert torch.equal(datasets.load('fashion-mnist', str(tmp_path), 'train').images, split.images)
     else:
         with pytest.raises(UserError, match='fashion-mnist'):
-            data.load('fashion-mnist', str(tmp_path), 'train')
+            datasets.load('fashion-mnist', str(tmp_path), 'train')
 
 
 def test_svhn(tmp_path, monkeypatch, offline):
@@ -294,6 +295,6 @@ def test_svhn(tmp_path, monkeypatch, offline):
     scipy.io.savemat(tmp_path / 'train_32x32.mat', {'X': images, 'y': np.array([[10], [1], [2], [9]], dtype=np.uint8)})
     monkeypatch.setattr(torchvision.datasets.SVHN, 'split_list',
                         {'train': ['http://nowhere', 'train_32x32.mat', md5(tmp_path / 'train_32x32.mat')]})
-    split = data.load('svhn', str(tmp_path), 'train')
+    split = datasets.load('svhn', str(tmp_path), 'train')
     assert split.labels.tolist() == [0, 1, 2, 9] and len(split.classes) == 10  # the files call the digit 0 "10"
     assert np.array_equal(split.images[3].numpy(), images[..., 3])

@@ -102,7 +102,7 @@ def test_shares_together_are_the_batches(images, of_each, processes, first):
         shares = []
         for rank in range(processes):
             patch.setattr(distributed, 'rank', lambda: rank)
-            shares.append([list(range(images))[part] for part in distributed.shares(images, of_each * processes, first)])
+            shares.append([list(range(images))[part] for part in distributed.local_slices(images, of_each * processes, first)])
     assert [[position for share in batch for position in share] for batch in zip(*shares)] == expected
     assert all(len(share) <= of_each for batch in zip(*shares) for share in batch)
 

@@ -11,7 +11,8 @@ import pytest
 
 import cifar
 import imagenet
-from utils import methods, trained
+from utils import methods
+from utils.lab import checkpoints
 from utils.logger import read_log
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,7 +44,7 @@ LAB = re.findall(r'^ +python ((?:evaluate|visualize_sharpness|measure_sharpness)
 @pytest.mark.parametrize('command', LAB)
 def test_every_command_that_looks_at_checkpoints_is_understood(command, monkeypatch):
     script, *flags = shlex.split(command)
-    monkeypatch.setattr(trained, 'open_checkpoint', lambda path, args, parser: path)
+    monkeypatch.setattr(checkpoints, 'open_checkpoint', lambda path, args, parser: path)
     monkeypatch.setattr(sys, 'argv', [script, *flags])
     importlib.import_module(script.removesuffix('.py')).parse_arguments()
 

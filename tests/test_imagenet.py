@@ -24,8 +24,11 @@ import lsoftmax
 import measure_sharpness
 from helpers import call, contents, toy_runs
 from models import imagenet as models
-from utils import checkpoint, data, methods, metrics, trained, training
-from utils.errors import UserError, run
+from utils import checkpoint, datasets, folders, methods, metrics, run as utils_run
+from utils.errors import UserError
+from utils.lab import checkpoints
+from utils.parts import part_sizes
+from utils.run import Run, run_script
 from utils.logger import read_log
 
 CLASSES = ['blue', 'green', 'red']  # of 14 training and 4 test images each
@@ -75,7 +78,7 @@ def made_quick(patch, draws=False):
     patch.setattr(models, 'MODELS', [*models.MODELS, 'tiny'])
     patch.setattr(models, '_construct', lambda arch, **options: Tiny(**options) if arch == 'tiny' else construct(arch, **options))
     if not draws:
-        patch.setattr(training, 'plot_log', lambda *args: None)
+        patch.setattr('utils.run.plot_log', lambda *args: None)
         patch.setattr(metrics, 'write_confusion', lambda *args: None)
 
 
@@ -149,13 +152,13 @@ def losses(monkeypatch):
 
         return record
 
-    def training_begins(*args):
+    def training_begins(run):
         recorded.clear()
-        return enter_folder(*args)
+        return enter(run)
 
-    enter_folder = training.enter_folder
+    enter = Run.__enter__
     monkeypatch.setattr(methods, 'build_criterion', recording)
-    monkeypatch.setattr(training, 'enter_folder', training_begins)
+    monkeypatch.setattr(Run, '__enter__', training_begins)
     return recorded
 
 
@@ -284,7 +287,7 @@ def test_every_method_trains(flags, runs, root, monkeypatch, tmp_path):
 
 
 def test_the_loss_of_googlenet_has_that_of_its_auxiliary_classifiers(losses, root, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, 'report', lambda *args: None)
+    monkeypatch.setattr('utils.run.Run.report', lambda *args: None)
     call(monkeypatch, imagenet, f'{SMALL} -a googlenet --train-batch 42 -d {root} -c {tmp_path}')
     (outputs, targets, loss), = losses
     shares = torch.eye(3)[targets]
@@ -344,19 +347,18 @@ def test_the_moving_average_is_that_of_a_plain_loop(root, monkeypatch, tmp_path)
 
 def stopped(monkeypatch, flags, epoch, step):
     """A run that ends like one that was killed after `step` batches of epoch `epoch`, counted from 0."""
-    train = training.train
+    steps = Run.steps
 
-    def killed(batches, model, criterion, optimizer, number, args, meter, first, after_step):
-        def told(done):
-            if after_step:
-                after_step(done)
-            if (number, done) == (epoch, step):
+    def killed(run, number):
+        for item in steps(run, number):
+            if item[0] == epoch * run.steps_per_epoch + step:
                 raise KeyboardInterrupt
-
-        return train(batches, model, criterion, optimizer, number, args, meter, first, told)
+            yield item
+        if (number, run.steps_per_epoch) == (epoch, step):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, 'train', killed)
+        patch.setattr(Run, 'steps', killed)
         call(patch, imagenet, flags)
 
 
@@ -412,7 +414,7 @@ def test_a_checkpoint_of_the_middle_of_an_epoch_needs_the_same_batches(root, mon
 
 def test_auto_on_a_finished_run_tells_the_result_again(runs, root, monkeypatch, tmp_path, capsys):
     shutil.copytree(runs / 'tiny', tmp_path / 'run')
-    monkeypatch.setattr(training, 'train', lambda *args, **options: pytest.fail('trained'))
+    monkeypatch.setattr(imagenet, 'train', lambda *args: pytest.fail('trained'))
     call(monkeypatch, imagenet, f'{RUNS["tiny"]} -d {root} -c {tmp_path}/run --resume auto')
     numbers = result(runs / 'tiny')
     assert f'\nepoch 2 | test loss {numbers["test loss"]:.4f}' in capsys.readouterr().out
@@ -432,7 +434,7 @@ def test_auto_where_nothing_was_saved_begins_anew(left, runs, root, monkeypatch,
             def killed(*args):
                 raise KeyboardInterrupt
 
-            patch.setattr(*(checkpoint, 'save') if 'log.txt' in left else (training, 'Logger'), killed)
+            patch.setattr(*(checkpoint, 'save') if 'log.txt' in left else (utils_run, 'Logger'), killed)
             call(patch, imagenet, flags)
         assert sorted(contents(tmp_path / 'run')) == left
     call(monkeypatch, imagenet, flags)
@@ -478,7 +480,7 @@ def status_and_sentence(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, 'argv', ['imagenet.py', *shlex.split(flags)])
     monkeypatch.setattr(signal, 'signal', lambda *args: None)  # pytest keeps its own
     with pytest.raises(SystemExit) as error:
-        run(imagenet.main)
+        run_script(imagenet.main)
     return (1, error.value.code) if isinstance(error.value.code, str) else (error.value.code, capsys.readouterr().err)
 
 
@@ -504,8 +506,8 @@ def refused(root, monkeypatch, capsys, tmp_path):
     """What imagenet.py says of flags: one sentence, before an image is read or a file written."""
     def say(flags, script=imagenet):
         before = sorted(path for path in tmp_path.rglob('*') if path.is_file())
-        monkeypatch.setattr(data, 'open_image', lambda path: pytest.fail('an image was read'))
-        monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+        monkeypatch.setattr(folders, 'open_image', lambda path: pytest.fail('an image was read'))
+        monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
         monkeypatch.chdir(tmp_path)
         with pytest.raises((SystemExit, UserError)) as error:
@@ -587,7 +589,7 @@ def test_a_checkpoint_of_the_other_script(refused, runs, cifar_runs):
 
 
 def test_a_single_image_is_no_trouble_where_batch_norm_has_more_values(root, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, 'report', lambda *args: None)
+    monkeypatch.setattr('utils.run.Run.report', lambda *args: None)
     call(monkeypatch, imagenet, f'{SMALL} --image-size 64 --lr 0.001 --train-batch 41 -d {root} -c {tmp_path}')
     assert read_log(tmp_path / 'log.txt')['Epoch'] == [1]
 
@@ -619,7 +621,7 @@ def test_auto_does_not_go_on_with_other_flags(refused, runs, tmp_path):
     (8, 8, 4, [4, 4]), (5, 5, 4, [4, 1]), (5, 8, 4, [5]), (9, 12, 4, [4, 5]), (6, 8, 4, [4, 2]), (1, 4, 4, [1]), (0, 4, 4, []),
     (3, 4, 1, [1, 2])])
 def test_one_image_that_others_leave_alone_goes_with_the_part_before(images, expected, size, sizes):
-    assert training.part_sizes(images, expected, size) == sizes
+    assert part_sizes(images, expected, size) == sizes
 
 
 # What looks at checkpoints
@@ -627,7 +629,7 @@ def test_one_image_that_others_leave_alone_goes_with_the_part_before(images, exp
 @pytest.mark.parametrize('kept', [4, 0])  # gigabytes: in memory, and read anew in every pass
 def test_the_lab_opens_checkpoints(kept, runs, damaged, monkeypatch, tmp_path, capsys):
     folder, paths = damaged
-    monkeypatch.setattr(trained, 'KEPT', kept)
+    monkeypatch.setattr(checkpoints, 'KEPT', kept)
     checkpoint_path = f'{runs}/tiny/checkpoint.pth.tar'
     call(monkeypatch, evaluate, f'{checkpoint_path} -o {tmp_path}/out --ss 0 --draws 1')
     printed = capsys.readouterr().out

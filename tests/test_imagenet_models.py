@@ -15,7 +15,7 @@ from dma import DMA_Linear, dma_loss
 from lsoftmax import LSoftmaxLinear
 from models import imagenet as models
 from models.base import WithAuxiliary
-from models.imagenet.wrapped import TorchvisionClassifier
+from models.wrapped import TorchvisionClassifier
 from utils import methods
 from utils.eval import logits_of
 

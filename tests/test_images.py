@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import data, distributed, images
+from utils import distributed, folders
+from utils.batches import AUTO_AUGMENTS, seed_everything
 from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:This DataLoader will create')
@@ -32,12 +33,12 @@ def folder(tmp_path_factory):
     """Twelve images of 8 by 8 pixels in six classes; image i is pixels(i)."""
     root = tmp_path_factory.mktemp('images')
     write_part(root, 'train', classes='abcdef')
-    return images.read_folder(str(root), 'train')
+    return folders.read_folder(str(root), 'train')
 
 
 def make(folder, batch_size=6, transform=None, mean=MEAN, std=STD, workers=0, **options):
-    transform = transform or images.evaluation_transform(8, 8)
-    return images.ImageBatches(folder, mean, std, batch_size, 'cpu', transform, workers, **options)
+    transform = transform or folders.evaluation_transform(8, 8)
+    return folders.ImageBatches(folder, mean, std, batch_size, 'cpu', transform, workers, **options)
 
 
 def raw(folder, **options):
@@ -67,12 +68,12 @@ def test_folders_are_listed_in_the_order_of_their_names(tmp_path):
     write_part(tmp_path, 'train', classes=('dog', 'cat'))
     write_part(tmp_path, 'val', classes=('cat', 'dog'), number=1)
     (tmp_path / 'train/cat/notes.txt').write_text('not listed')
-    folders = images.read_folders(str(tmp_path))
-    train = folders['train']
-    assert list(folders) == ['train', 'val'] and train.classes == ['cat', 'dog'] and train.labels.tolist() == [0, 0, 1, 1]
+    found = folders.read_folders(str(tmp_path))
+    train = found['train']
+    assert list(found) == ['train', 'val'] and train.classes == ['cat', 'dog'] and train.labels.tolist() == [0, 0, 1, 1]
     assert train.labels.dtype == torch.int64
     assert train.paths == [str(tmp_path / 'train' / name) for name in ('cat/0.png', 'cat/1.png', 'dog/0.png', 'dog/1.png')]
-    assert train.class_counts() == [2, 2] and len(folders['val'].paths) == 2
+    assert train.class_counts() == [2, 2] and len(found['val'].paths) == 2
     part = train.subset(torch.tensor([3, 0, 2]))
     assert part.paths == [train.paths[3], train.paths[0], train.paths[2]] and part.labels.tolist() == [1, 0, 1]
     assert part.class_counts() == [1, 2] and part.classes == train.classes
@@ -81,7 +82,7 @@ def test_folders_are_listed_in_the_order_of_their_names(tmp_path):
 def test_folders_that_are_not_sound_are_named(tmp_path):
     def fails(sentence):
         with pytest.raises(UserError) as error:
-            images.read_folders(str(tmp_path / 'set'))
+            folders.read_folders(str(tmp_path / 'set'))
         assert str(error.value) == sentence.replace('ROOT', str(tmp_path / 'set'))
 
     layout = 'images are expected at DIR/train/CLASS/*.jpg|png and DIR/val/CLASS/*.jpg|png, but there is no folder '
@@ -104,33 +105,33 @@ def test_folders_that_are_not_sound_are_named(tmp_path):
 
 def test_evaluation_scales_the_shorter_side_and_cuts_out_the_centre():
     image = Image.fromarray(pixels(0, height=9, width=14))
-    assert torch.equal(images.evaluation_transform(4, 9)(image),  # needs no scaling
+    assert torch.equal(folders.evaluation_transform(4, 9)(image),  # needs no scaling
                        torch.from_numpy(pixels(0, height=9, width=14))[2:6, 5:9].permute(2, 0, 1))
     large = Image.fromarray(np.kron(pixels(0, 3, 5), np.ones((8, 8, 1), np.uint8)))
     for interpolation, resample in (('bilinear', Image.Resampling.BILINEAR), ('bicubic', Image.Resampling.BICUBIC)):
         expected = np.asarray(large.resize((20, 12), resample))[2:10, 6:14].transpose(2, 0, 1)
-        assert np.array_equal(images.evaluation_transform(8, 12, interpolation)(large).numpy(), expected)
+        assert np.array_equal(folders.evaluation_transform(8, 12, interpolation)(large).numpy(), expected)
 
 
-@pytest.mark.parametrize('auto_augment', [None, *images.AUTO_AUGMENTS])
+@pytest.mark.parametrize('auto_augment', [None, *AUTO_AUGMENTS])
 def test_training_gives_images_of_one_size_and_seldom_the_same(auto_augment):
-    transform, seen = images.training_transform(12, auto_augment), []
+    transform, seen = folders.training_transform(12, auto_augment), []
     for number in range(4):
-        data.seed_everything((0, 0), number)
+        seed_everything((0, 0), number)
         seen.append(transform(Image.fromarray(pixels(0, 20 + 9 * number, 30))))
         assert seen[-1].shape == (3, 12, 12) and seen[-1].dtype == torch.uint8 and type(seen[-1]) is torch.Tensor
-        data.seed_everything((0, 0), number)
-        plain = images.training_transform(12)(Image.fromarray(pixels(0, 20 + 9 * number, 30)))
+        seed_everything((0, 0), number)
+        plain = folders.training_transform(12)(Image.fromarray(pixels(0, 20 + 9 * number, 30)))
         seen[-1] = (seen[-1], torch.equal(seen[-1], plain))
     assert len({image.numpy().tobytes() for image, _ in seen}) == 4
     assert all(same for _, same in seen) == (auto_augment is None)
 
 
 def test_training_mirrors_half_of_the_images():
-    transform, mirrored = images.training_transform(8), []
+    transform, mirrored = folders.training_transform(8), []
     ramp = Image.fromarray(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
     for number in range(200):
-        data.seed_everything((0, 0), number)
+        seed_everything((0, 0), number)
         image = transform(ramp)[0, 0].int()
         mirrored.append((image[0] > image[-1]).item())
     assert 70 <= sum(mirrored) <= 130
@@ -138,9 +139,9 @@ def test_training_mirrors_half_of_the_images():
 
 def test_random_erasing_leaves_a_rectangle_of_the_mean_colour():
     black, colour, erased = Image.new('RGB', (16, 16)), torch.tensor([124, 116, 104]), 0
-    transform = images.training_transform(16, random_erase=0.5)
+    transform = folders.training_transform(16, random_erase=0.5)
     for number in range(100):
-        data.seed_everything((0, 0), number)
+        seed_everything((0, 0), number)
         hole = transform(black).permute(1, 2, 0).eq(colour).all(dim=2)
         rows, columns = hole.any(dim=1), hole.any(dim=0)
         assert torch.equal(hole, rows[:, None] & columns)
@@ -196,7 +197,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_position_alone(folder):
 
 
 def test_batches_from_the_middle_of_an_epoch_are_those_of_the_whole(folder):
-    batches = make(folder, batch_size=4, transform=images.training_transform(8, 'trivialaugment'), mix=images.mixing(1, 1, 6))
+    batches = make(folder, batch_size=4, transform=folders.training_transform(8, 'trivialaugment'), mix=folders.mixing(1, 1, 6))
     whole = list(batches.shuffled(1, 2))
     for first in range(4):
         assert_same(batches.shuffled(1, 2, first), whole[first:])
@@ -205,7 +206,7 @@ def test_batches_from_the_middle_of_an_epoch_are_those_of_the_whole(folder):
 @pytest.mark.parametrize('batch_size', [6, 12, 18])
 def test_the_shares_of_all_processes_are_the_batch_of_one(batch_size, folder, monkeypatch):
     folder = folder.subset(torch.arange(11))
-    batches = make(folder, batch_size, images.training_transform(8, 'imagenet'))
+    batches = make(folder, batch_size, folders.training_transform(8, 'imagenet'))
     whole = list(batches.shuffled(1, 2))
     assert [len(targets) for _, targets in whole] == [batches.images_in(number) for number in range(len(whole))]
     for processes in (1, 2, 3):
@@ -218,10 +219,10 @@ def test_the_shares_of_all_processes_are_the_batch_of_one(batch_size, folder, mo
         assert_same(batches.shuffled(1, 2, first=1), shares[-1][1:])
 
 
-@pytest.mark.parametrize('mix', [None, images.mixing(0.2, 1, 6)])
+@pytest.mark.parametrize('mix', [None, folders.mixing(0.2, 1, 6)])
 def test_an_empty_share_has_no_images_of_the_right_size(mix, folder, monkeypatch):
     in_process(monkeypatch, 2, 3)
-    (inputs, targets), = make(folder.subset([0, 3, 7]), 6, images.training_transform(10), mix=mix).shuffled(0, 0)
+    (inputs, targets), = make(folder.subset([0, 3, 7]), 6, folders.training_transform(10), mix=mix).shuffled(0, 0)
     assert inputs.shape == (0, 3, 10, 10) and inputs.dtype == torch.float32
     assert targets.shape == ((0, 6) if mix else (0,)) and targets.dtype == (torch.float32 if mix else torch.int64)
 
@@ -252,7 +253,7 @@ def test_the_random_state_of_the_program_is_left_alone_and_not_drawn_from(folder
     seed()
     expected = state()
     for workers in (0, 1):
-        batches = make(folder, transform=images.training_transform(8, 'augmix'), workers=workers)
+        batches = make(folder, transform=folders.training_transform(8, 'augmix'), workers=workers)
         seed()
         list(batches)
         next(batches.shuffled(0, 0))  # and not to the end
@@ -265,7 +266,7 @@ def test_the_random_state_of_the_program_is_left_alone_and_not_drawn_from(folder
 def damaged(tmp_path):
     """Six classes of one image; of b, d and e it is a JPEG cut short, no image and one of 16 bits a channel."""
     write_part(tmp_path, 'train', classes='abcdef', number=1)
-    folder = images.read_folder(str(tmp_path), 'train')
+    folder = folders.read_folder(str(tmp_path), 'train')
     Image.fromarray(pixels(1, 64, 64)).save(tmp_path / 'whole.jpg')
     with open(folder.paths[1], 'wb') as file:
         file.write((tmp_path / 'whole.jpg').read_bytes()[:2000])
@@ -289,7 +290,7 @@ def test_files_that_cannot_be_read_are_left_out_and_noted(workers, damaged):
 
 def test_a_file_that_is_missing_and_a_batch_of_nothing_else(damaged):
     os.remove(damaged.paths[1])
-    batches = make(damaged.subset([1]), mix=images.mixing(0.2, 0, 6))
+    batches = make(damaged.subset([1]), mix=folders.mixing(0.2, 0, 6))
     (inputs, targets), = batches.shuffled(0, 0)
     assert inputs.shape == (0, 3, 8, 8) and targets.shape == (0, 6) and 'No such file' in batches.skipped[damaged.paths[1]]
 
@@ -324,7 +325,7 @@ def test_grey_cmyk_and_palette_images_and_odd_exif_data_are_read_without_a_word(
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation, which is ignored
     Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 4, 0).repeat(8, 1)).save(tmp_path / 'train/a/4.jpg', exif=turned)
-    batches = raw(images.read_folder(str(tmp_path), 'train'))
+    batches = raw(folders.read_folder(str(tmp_path), 'train'))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         (inputs, _), = batches
@@ -338,7 +339,7 @@ def test_grey_cmyk_and_palette_images_and_odd_exif_data_are_read_without_a_word(
 # MixUp and CutMix
 
 def test_no_mixing():
-    assert images.mixing(0, 0.0, 6) is images.mixing(None, None, 6) is None
+    assert folders.mixing(0, 0.0, 6) is folders.mixing(None, None, 6) is None
 
 
 def mixed_and_plain(folder, mix, epoch=0, workers=0):
@@ -349,7 +350,7 @@ def mixed_and_plain(folder, mix, epoch=0, workers=0):
 
 
 def test_mixup_image_by_image(folder):
-    for inputs, targets, plain, labels in mixed_and_plain(folder, images.mixing(1.0, 0, 6), workers=1):
+    for inputs, targets, plain, labels in mixed_and_plain(folder, folders.mixing(1.0, 0, 6), workers=1):
         lam = targets[0, labels[0]].item()
         assert 0.01 < lam < 0.99
         for index in range(len(labels)):
@@ -364,7 +365,7 @@ def test_mixup_image_by_image(folder):
 
 def test_cutmix_pixel_by_pixel(folder):
     for epoch in range(3):
-        for inputs, targets, plain, labels in mixed_and_plain(folder, images.mixing(None, 1.0, 6), epoch):
+        for inputs, targets, plain, labels in mixed_and_plain(folder, folders.mixing(None, 1.0, 6), epoch):
             for index in range(len(labels)):
                 own = (inputs[index] == plain[index]).all(dim=0)
                 other = (inputs[index] == plain[index - 1]).all(dim=0)
@@ -375,7 +376,7 @@ def test_cutmix_pixel_by_pixel(folder):
 
 
 def test_both_take_turns_and_depend_on_seed_epoch_and_batch_alone(folder):
-    mix, kinds, shares = images.mixing(0.4, 1.0, 6), set(), []
+    mix, kinds, shares = folders.mixing(0.4, 1.0, 6), set(), []
     for epoch in range(6):
         for inputs, targets, plain, _ in mixed_and_plain(folder, mix, epoch):
             torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
@@ -389,6 +390,6 @@ def test_both_take_turns_and_depend_on_seed_epoch_and_batch_alone(folder):
 
 def test_one_image_is_mixed_with_itself(folder):
     one = folder.subset([4])
-    (inputs, targets), = raw(one, mix=images.mixing(0.2, 0, 6)).shuffled(0, 0)
+    (inputs, targets), = raw(one, mix=folders.mixing(0.2, 0, 6)).shuffled(0, 0)
     np.testing.assert_allclose(inputs[0].permute(1, 2, 0).numpy(), pixels(4), rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0]]))

@@ -12,7 +12,7 @@ from torch import nn
 from models import cifar as models
 from smoothout import batch_norm_parameters, filter_normalized
 from helpers import Fixed, same, sharpness_golden
-from utils.landscape import Landscape
+from utils.lab.landscape import Landscape
 from utils.metrics import Predictions
 
 GOLDEN, landscape_of = sharpness_golden()

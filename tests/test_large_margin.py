@@ -13,7 +13,7 @@ from torch import nn
 
 import large_margin
 from large_margin import LargeMarginLoss, train_epoch
-from utils.arguments import Parser
+from utils.flags import Parser
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / 'tests/goldens/large_margin.npz')

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lsoftmax
 from lsoftmax import LargeMarginSoftmaxLoss, LSoftmaxLinear
-from utils.arguments import Parser
+from utils.flags import Parser
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / 'tests/goldens/lsoftmax.npz')

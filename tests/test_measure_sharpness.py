@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import measure_sharpness as sharp
-from utils import data
+from utils import datasets
+from utils.batches import seeded_generator
 from utils.errors import Stopped, UserError
 
 GOLDEN, landscape_of = sharpness_golden()
@@ -187,7 +188,7 @@ def test_every_tensor_is_at_its_radius_and_the_best_step_counts():
 
 def test_noise_by_loop():
     quadratic = Quadratic([1.0, -2.0, 0.5], [3.0, 1.0, -1.0], np.diag([2.0, 0.5, 1.0]))
-    found, generator = sharp.noise(quadratic, 5, 0.1, 'uniform', 'none', False, 6), data.seeded_generator(5)
+    found, generator = sharp.noise(quadratic, 5, 0.1, 'uniform', 'none', False, 6), seeded_generator(5)
     rises = [(quadratic.at(quadratic.weights + 0.1 * quadratic.noise(generator, None, None, None)) - quadratic.at(quadratic.weights)).item()
              for _ in range(6)]
     assert found['rise'] == pytest.approx(np.mean(rises)) and found['deviation'] == pytest.approx(np.std(rises, ddof=1))
@@ -318,7 +319,7 @@ def test_float64_and_as_augmented_as_in_training(runs, monkeypatch, tmp_path):
 ])
 def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs, monkeypatch, tmp_path, capsys):
     (tmp_path / 'plain-checkpoint-sharpness.json').write_text('{"a": 1}')
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises((SystemExit, UserError)) as error:
         call(monkeypatch, sharp, flags.replace('{}', str(runs)).format(out=tmp_path))
     printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')

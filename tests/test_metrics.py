@@ -18,10 +18,10 @@ from PIL import Image
 
 import cifar
 import evaluate
-from utils import conditions, data, metrics
+from utils import conditions, datasets, metrics
 from utils.errors import UserError
 from utils.eval import Meter, cross_entropy
-from utils.landscape import Landscape
+from utils.lab.landscape import Landscape
 from utils.logger import read_log
 
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -156,13 +156,13 @@ def test_outputs_in_bfloat16_are_kept_in_float32():
 
 def test_in_words_all_of_a_few_classes_and_the_worst_of_many():
     values = {'balanced accuracy': 50.0, 'calibration error': 12.345, 'class accuracy': [75.0, None, 25.0]}
-    first, *lines = metrics.in_words(['cat', 'dog', 'emu'], values).splitlines()
+    first, *lines = metrics.class_report(['cat', 'dog', 'emu'], values).splitlines()
     assert first == 'balanced accuracy 50.00% | calibration error 12.35% | accuracy by class:'
     assert [line.split() for line in lines] == [['emu', '25.00%', 'cat', '75.00%']]
     values['class accuracy'] = [float(99 - c) for c in range(100)]
-    first, *lines = metrics.in_words([f'class{c}' for c in range(100)], values, at_most=100).splitlines()
+    first, *lines = metrics.class_report([f'class{c}' for c in range(100)], values, at_most=100).splitlines()
     assert 'worst' not in first and len(lines) == 20
-    first, *lines = metrics.in_words([f'class{c}' for c in range(100)], values).splitlines()
+    first, *lines = metrics.class_report([f'class{c}' for c in range(100)], values).splitlines()
     assert 'the 20 worst of 100' in first and len(lines) == 4
     assert re.findall(r'class(\d+) (\S+)%', '\n'.join(lines)) == [(str(99 - i), f'{i}.00') for i in range(20)]
 
@@ -252,8 +252,8 @@ def test_on_the_validation_images_it_measures_what_the_log_says(runs, evaluated,
 def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, evaluated, tmp_path):
     args = cifar.make_parser().parse_args('--val-split 0.25 --imbalance step --imbalance-factor 0.5 --imbalance-seed 0 '
                                           '--label-noise 0.2 --manualSeed 2'.split())
-    train, val = conditions.apply(args, data.load('digits', None, 'train'))
-    for mode, split in (('train', train), ('val', val), ('test', data.load('digits', None, 'test'))):
+    train, val = conditions.apply(args, datasets.load('digits', None, 'train'))
+    for mode, split in (('train', train), ('val', val), ('test', datasets.load('digits', None, 'test'))):
         as_they_are = '--no-augment' if mode == 'train' else ''
         seen = evaluated(f'{runs}/conditioned/checkpoint.pth.tar --mode {mode} {as_they_are} -o {tmp_path}')
         assert torch.equal(seen['batches'].labels, split.labels) and torch.equal(seen['batches'].images, split.images)
@@ -345,8 +345,8 @@ def test_the_confusion_matrix_goes_where_it_is_told(runs, evaluated, monkeypatch
 
 
 def test_flags_stand_in_for_those_of_the_run(runs, evaluated, monkeypatch, tmp_path):
-    asked, load = [], data.load
-    monkeypatch.setattr(data, 'load', lambda *args: asked.append(args[:3]) or load(*args))
+    asked, load = [], datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda *args: asked.append(args[:3]) or load(*args))
     run = f'{runs}/plain/checkpoint.pth.tar -o {tmp_path}'
     plain, small = evaluated(run), evaluated(f'{run} --test-batch 7 -d mnist --data elsewhere')
     assert asked == [('digits', 'data', 'test'), ('mnist', 'elsewhere', 'test')]
@@ -382,7 +382,7 @@ def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs
     torch.save({'epoch': 1}, tmp_path / 'other.pth.tar')
     before, of_run = contents(tmp_path), contents(runs / 'plain')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises((SystemExit, UserError)) as error:
         call(monkeypatch, evaluate, flags.replace('{}', str(runs)))
     printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
@@ -392,8 +392,8 @@ def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs
 
 
 def test_other_classes_are_refused(runs, monkeypatch, tmp_path):
-    load = data.load
-    monkeypatch.setattr(data, 'load', lambda *args: load(*args)._replace(classes=list('abcdefghij')))
+    load = datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args)._replace(classes=list('abcdefghij')))
     for mode in ('test', 'train'):
         with pytest.raises(UserError, match='knows the classes 0 1 2 .* but fashion-mnist has a b c'):
             call(monkeypatch, evaluate, f'{runs}/plain/checkpoint.pth.tar --mode {mode} -d fashion-mnist -o {tmp_path}/new')

@@ -15,7 +15,7 @@ from models import cifar as models
 from models.base import ImageClassifier, global_average_pool
 from models.cifar.mlp import MLP
 from models.cifar.shallow import Shallow
-from utils import data, schedule, training
+from utils import datasets, schedule
 from utils.logger import read_log
 from utils.schedule import learning_rate
 
@@ -74,7 +74,7 @@ def test_every_position_has_a_rate_between_0_and_the_highest(schedule, warmup, e
 def settle(flags, regime=None):
     parser = cifar.make_parser()
     args = parser.parse_args(flags.split())
-    schedule.settle(args, regime, parser)
+    schedule.fill_in(args, regime, parser)
     return args
 
 
@@ -269,7 +269,7 @@ def call(monkeypatch, flags):
 def test_a_regime_that_cannot_be_is_refused(regime, flags, sentence, own, monkeypatch, tmp_path, capsys):
     own(regime)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises(SystemExit) as error:
         call(monkeypatch, f'-d digits --arch own --epochs 4 {flags}')
     printed = capsys.readouterr().err
@@ -288,10 +288,10 @@ def test_an_epoch_that_is_never_reached_and_an_optimizer_that_a_flag_replaces_ar
 @pytest.fixture
 def few(monkeypatch):
     """40 images of digits, no pictures, and a list of the options that every optimizer step had."""
-    load, step, seen = data.load, torch.optim.SGD.step, []
-    monkeypatch.setattr(data, 'load', lambda *args: load(*args).subset(torch.arange(40)))
-    monkeypatch.setattr(training, 'plot_log', lambda *args: None)
-    monkeypatch.setattr(training.metrics, 'write_confusion', lambda *args: None)
+    load, step, seen = datasets.load, torch.optim.SGD.step, []
+    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args).subset(torch.arange(40)))
+    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
+    monkeypatch.setattr('utils.metrics.write_confusion', lambda *args: None)
 
     def recording(self, closure=None):
         group, = self.param_groups
@@ -415,7 +415,7 @@ def test_the_optimizer_cannot_change_when_a_run_is_resumed(before, after, own, f
     own(None)
     call(monkeypatch, f'-d digits -a own --train-batch 16 --epochs 1 --optimizer {before} -c {tmp_path}')
     call(monkeypatch, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2 --optimizer {before}')
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     capsys.readouterr()
     with pytest.raises(SystemExit):
         call(monkeypatch, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 3 --optimizer {after}')

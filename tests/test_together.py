@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import cifar
-from helpers import broken_off
+from helpers import broken_off, unrecorded
 from large_margin import LargeMarginLoss
 from models import cifar as models
-from utils import checkpoint, data, methods, schedule, training
+from utils import checkpoint, datasets, methods, schedule
+from utils.batches import Batches, Split, mean_and_std
 from utils.activations import Activations
 from utils.errors import UserError
 from utils.eval import shown_logits
@@ -28,7 +29,7 @@ def arguments(text):
     parser = cifar.make_parser()
     args = parser.parse_args(f'--epochs 3 --lr-schedule cosine --lr 0.02 --warmup 0 --train-batch 8 --manualSeed 1 {text}'.split())
     methods.check_arguments(args, parser)
-    schedule.settle(args, None, parser)
+    schedule.fill_in(args, None, parser)
     return args
 
 
@@ -41,18 +42,19 @@ class Run:
 
     def __init__(self, args, arch='resnet', **network):
         generator = torch.Generator().manual_seed(0)
-        split = data.Split(torch.randint(256, (24, 32, 32, 3), dtype=torch.uint8, generator=generator), torch.arange(24) % 4, list('abcd'))
+        split = Split(torch.randint(256, (24, 32, 32, 3), dtype=torch.uint8, generator=generator), torch.arange(24) % 4, list('abcd'))
         torch.manual_seed(args.seed)
         self.args = args
         self.model = models.build(arch, 4, methods.build_head(args), **(network or {'depth': 8}))
         self.model.to(memory_format=torch.channels_last)
-        self.batches = data.Batches(split, *data.mean_and_std(split.images), args.train_batch * args.batch_multiplier,
+        self.batches = Batches(split, *mean_and_std(split.images), args.train_batch * args.batch_multiplier,
                                     torch.device('cpu'), 4, True)
         self.optimizer = methods.build_optimizer(args, self.model, len(self.batches))
         self.criterion = methods.build_criterion(args, self.model)
+        self.run = unrecorded(args, self.model, self.optimizer, self.batches)
 
     def train(self, epoch):
-        return training.train(self.batches, self.model, self.criterion, self.optimizer, epoch, self.args)
+        return cifar.train(self.run, self.criterion, self.optimizer, epoch, self.args)
 
     def state(self):
         return {'state_dict': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'random': checkpoint.random_state()}
@@ -100,8 +102,8 @@ def test_every_pair_trains_and_resumes_bit_for_bit(names, options, tmp_path):
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    load = data.load
-    monkeypatch.setattr(data, 'load', lambda *args: load(*args).subset(torch.arange(96)))
+    load = datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args).subset(torch.arange(96)))
 
 
 def call(monkeypatch, flags):
@@ -113,7 +115,7 @@ def test_a_whole_run_of_three_methods_resumed(few_digits, monkeypatch, tmp_path)
     flags = ('-d digits --depth 8 --train-batch 16 --lr-schedule onecycle --manualSeed 3 --epochs 2 --mini-batch 8 '
              '--method lsoftmax large_margin amp --margin 2 --cross-entropy-weight 1 --epsilon 0.1 --clip-norm 5')
     call(monkeypatch, f'{flags} -c {tmp_path}/whole')
-    monkeypatch.setattr(training, 'report', lambda *args: None)
+    monkeypatch.setattr('utils.run.Run.report', lambda *args: None)
     broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=1)
     call(monkeypatch, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
     whole, parts = (torch.load(f'{tmp_path}/{name}/checkpoint.pth.tar', weights_only=True) for name in ('whole', 'parts'))
@@ -126,10 +128,10 @@ def test_a_whole_run_of_three_methods_resumed(few_digits, monkeypatch, tmp_path)
 def test_a_compiled_network_trains_as_it_would_otherwise(names):
     args = arguments(selected(names))
     plain, compiled = Run(args), Run(args)
-    network = torch.compile(compiled.model, backend='aot_eager')
+    compiled.run.network = torch.compile(compiled.model, backend='aot_eager')
     for epoch in range(2):
         measured = plain.train(epoch)
-        assert training.train(compiled.batches, network, compiled.criterion, compiled.optimizer, epoch, args) == pytest.approx(measured, rel=1e-3)
+        assert compiled.train(epoch) == pytest.approx(measured, rel=1e-3)
     for ours, expected in zip(compiled.model.state_dict().values(), plain.model.state_dict().values()):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
@@ -325,7 +327,7 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method large_margin --layer-weights 1 2', 'a layer weight for each, was given 1 and 2'),
 ])
 def test_what_cannot_be_is_refused_before_anything_is_read_or_written(flags, sentence, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     monkeypatch.chdir(tmp_path)
     with pytest.raises((SystemExit, UserError)) as error:
         call(monkeypatch, flags)

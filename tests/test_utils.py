@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import checkpoint
-from utils.arguments import Parser, number
+from utils.flags import Parser, bounded
 from utils.bar import ProgressLine
 from utils.errors import UserError
 from utils.eval import Meter, cross_entropy, logits_of
@@ -19,9 +19,9 @@ from utils.logger import Logger, plot_log, read_log, read_rows
 
 def parser():
     result = Parser(prog='x.py')
-    result.add_argument('--train-batch', type=number(int, 1), default=128)
-    result.add_argument('--manualSeed', dest='seed', type=number(int, 0))
-    result.add_argument('--lr', type=number(float, 0), default=0.1)
+    result.add_argument('--train-batch', type=bounded(int, 1), default=128)
+    result.add_argument('--manualSeed', dest='seed', type=bounded(int, 0))
+    result.add_argument('--lr', type=bounded(float, 0), default=0.1)
     result.add_argument('--nesterov', action='store_true')
     result.add_argument('--arch', default='resnet')
     return result

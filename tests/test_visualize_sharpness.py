@@ -14,10 +14,11 @@ from helpers import call, contents, sharpness_golden, toy_runs
 from PIL import Image
 
 import visualize_sharpness as visual
-from utils import data, trained
+from utils import datasets
+from utils.lab import checkpoints
 from utils.errors import Stopped, UserError
-from utils.landscape import Landscape
-from utils.scan import Scan
+from utils.lab.landscape import Landscape
+from utils.lab.scan import Scan
 
 GOLDEN, landscape_of = sharpness_golden()
 NET = '-a resnet --depth 8'
@@ -61,8 +62,8 @@ def test_alphas(text, expected):
 
 def test_the_ends_of_a_line_are_the_networks_and_batch_norm_lies_in_between(runs):
     args, subjects = opened(runs, 'first', 'second')
-    batches = trained.images_of(subjects[0], 'test', args)
-    first, second = (trained.landscape(subject, batches) for subject in subjects)
+    batches = checkpoints.images_of(subjects[0], 'test', args)
+    first, second = (checkpoints.landscape(subject, batches) for subject in subjects)
     place = functools.partial(visual.on_line, first, second, 'linear')
     for alpha, landscape in ((0, first), (1, second)):
         weights, buffers = place(alpha)
@@ -97,7 +98,7 @@ def test_a_line_of_two_checkpoints_in_table_and_pictures(runs, monkeypatch, caps
     args, subjects = opened(runs, 'first', 'second')
     for part, at in (('train', 1), ('test', 4)):
         for subject, row in zip(subjects, (rows[1], rows[3])):
-            measured = trained.landscape(subject, trained.images_of(subjects[0], part, args)).measure()
+            measured = checkpoints.landscape(subject, checkpoints.images_of(subjects[0], part, args)).measure()
             assert row[at:at + 3] == list(measured.values())
     assert {name: contents(runs / name) for name in before} == before
 
@@ -165,7 +166,7 @@ def test_other_settings_are_refused_and_overwrite_begins_anew(runs, monkeypatch,
 
 def test_directions_move_along_filter_normalised_noise(runs):
     args, (subject,) = opened(runs, 'first')
-    landscape = trained.landscape(subject, trained.images_of(subject, 'test', args))
+    landscape = checkpoints.landscape(subject, checkpoints.images_of(subject, 'test', args))
     place = visual.around(landscape, args)
     steps = [place(index, alpha)[0] - landscape.weights for index, alpha in ((0, 0.5), (0, -0.5), (1, 0.5), (0, 0.0))]
     torch.testing.assert_close(steps[0], -steps[1], rtol=0, atol=1e-6)
@@ -218,8 +219,8 @@ def test_checkpoints_in_folders_of_one_name_are_told_apart(runs, monkeypatch, ca
     for name in ('a', 'b'):
         shutil.copytree(runs / ('first' if name == 'a' else 'second'), tmp_path / name / 'run')
     paths = [f'{tmp_path}/{name}/run/checkpoint.pth.tar' for name in 'ab']
-    assert trained.labels(paths) == ['a/run/checkpoint', 'b/run/checkpoint'] and trained.labels(paths[:1]) == ['run/checkpoint']
-    assert trained.labels(['x/lr0.1.pth.tar', 'x/lr0.2.pt']) == ['x/lr0.1', 'x/lr0.2']
+    assert checkpoints.names_of(paths) == ['a/run/checkpoint', 'b/run/checkpoint'] and checkpoints.names_of(paths[:1]) == ['run/checkpoint']
+    assert checkpoints.names_of(['x/lr0.1.pth.tar', 'x/lr0.2.pt']) == ['x/lr0.1', 'x/lr0.2']
     shown = []
     monkeypatch.setattr(matplotlib.figure.Figure, 'legend', lambda figure, lines, names, **options: shown.extend(names))
     call(monkeypatch, visual, f'{" ".join(paths)} --compare --alpha=0:1:0 --images 2 --mode test')
@@ -228,7 +229,7 @@ def test_checkpoints_in_folders_of_one_name_are_told_apart(runs, monkeypatch, ca
 
 
 def test_flags_may_stand_between_the_checkpoints(runs, monkeypatch):
-    monkeypatch.setattr(trained, 'open_checkpoint', lambda path, args, parser: path)
+    monkeypatch.setattr(checkpoints, 'open_checkpoint', lambda path, args, parser: path)
     monkeypatch.setattr('sys.argv', ['visualize_sharpness.py', 'first', '--alpha', '-1:1:1', 'second', '--images', '3'])
     assert visual.parse_arguments()[1] == ['first', 'second']
 
@@ -259,7 +260,7 @@ def test_a_line_between_two_runs_of_large_margin_softmax(runs, monkeypatch, tmp_
     ('{first} --model vgg16', 'holds the architecture resnet, but --arch vgg16 was given'), ('{first} --data elsewhere', '--data is not used by'),
 ])
 def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(data, 'load', lambda *args: pytest.fail('data was loaded'))
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     monkeypatch.chdir(tmp_path)
     with pytest.raises((SystemExit, UserError)) as error:
         call(monkeypatch, visual, flags.format(**{name: file(runs, name) for name in ('first', 'second', 'other')}))

@@ -7,24 +7,26 @@ import torch
 class Activations:
     """The outputs of the modules of `model` that `names` lists, in the newest pass that has gradients.
 
-    A name is as in model.named_modules(); `input` is the images, which get a gradient of their own. Of a module that is called
-    several times in a pass it is the last output. The hooks stay as long as the model does. ValueError for a name
-    that the model does not have, and from `read` for an output that cannot be used.
+    A name is as in model.named_modules(); `input` is the images, which get a gradient of their own; `features` is what goes
+    into the head. Of a module that is called several times in a pass it is the last output. The hooks stay as long as the
+    model does. ValueError for a name that the model does not have, and from `read` for an output that cannot be used.
     """
 
     def __init__(self, model, names):
         modules = {name: module for name, module in model.named_modules() if name}
         for name in names:
-            if name != 'input' and name not in modules:
+            if name not in ('input', 'features') and name not in modules:
                 outer = [name for name in modules if name.count('.') <= 1]
                 raise ValueError(f'there is no layer {name!r} in this network, which has input {" ".join(outer[:40])} '
-                                 'and what these consist of')
+                                 'features and what these consist of')
         if len(set(names)) < len(names):
             raise ValueError(f'a layer is named twice in {" ".join(names)}')
         self.names, self.kept = names, {}
         for name in names:
             if name == 'input':
                 model.register_forward_pre_hook(self._at_input)
+            elif name == 'features':
+                model.head.register_forward_pre_hook(self._at_head)
             else:
                 modules[name].register_forward_hook(functools.partial(self._keep, name))
 
@@ -34,13 +36,16 @@ class Activations:
             self._keep('input', model, None, images)
             return images, *inputs[1:]
 
+    def _at_head(self, head, inputs):
+        self._keep('features', head, None, inputs[0])
+
     def _keep(self, name, module, inputs, outputs):
         if torch.is_grad_enabled():
             output = outputs[0] if isinstance(outputs, tuple) else outputs
             self.kept[name] = output, output._version
 
     def read(self):
-        """The tensors, in the order of the names; they are not kept any longer."""
+        """The tensors, in the order of the names; they are no longer kept."""
         kept, self.kept = self.kept, {}
         for name in self.names:
             if name not in kept:
@@ -48,5 +53,5 @@ class Activations:
             output, version = kept[name]
             if output._version != version:
                 raise ValueError(f'layer {name} cannot be used, as what follows it overwrites its output in place; '
-                                 'name the layer behind or the one before')
+                                 'name the layer after it or before it')
         return [kept[name][0] for name in self.names]

@@ -24,7 +24,7 @@ class ProgressLine(Bar):
         self.began, self.done, self.data_seconds = self.read, 0, 0.0
 
     def advance(self, meter, data_seconds=None):
-        """One more is done, after `data_seconds` of getting the batch. True if this was a time to read the meter."""
+        """Count one more, whose batch took `data_seconds` to make. True if this was a time to read the meter."""
         self.done += 1
         self.data_seconds += data_seconds or 0.0
         now = time.perf_counter()
@@ -37,8 +37,16 @@ class ProgressLine(Bar):
         self.goto(self.done)
         return True
 
+    def say(self, text):
+        """Print a line on standard output, above the bar."""
+        if self.is_tty():
+            print('\r\033[K', end='', file=self.file, flush=True)
+        print(text, flush=True)
+        if self.is_tty() and self.index:
+            self.update()
+
     def finish(self):
-        """Takes the line away again, for what is printed next."""
+        """Remove the line from the terminal, for what is printed next."""
         if self.is_tty():
             print('\r\033[K' + SHOW_CURSOR, end='', file=self.file, flush=True)
             self._hidden_cursor = False

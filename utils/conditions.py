@@ -5,35 +5,32 @@ Each function is fixed by a seed of its own and leaves the global random state a
 import numpy as np
 import torch
 
-from utils.arguments import number
+from utils.flags import bounded
 from utils.errors import UserError
 
-# Those decide which images are trained on, so a resumed run keeps them: name of the flag's value -> flag.
-FLAGS = {name: f'--{name.replace("_", "-")}' for name in ('val_split', 'imbalance', 'imbalance_factor', 'imbalance_seed',
-                                                         'train_fraction', 'label_noise')}
-SHRINKING = {name: FLAGS[name] for name in ('val_split', 'imbalance', 'train_fraction')}
+SHRINKING = ('val_split', 'imbalance', 'train_fraction')  # flags that leave fewer images to train on
 
 
 def add_arguments(group):
-    group.add_argument('--val-split', type=number(float, 0, 0.9, above=True), metavar='F',
+    group.add_argument('--val-split', type=bounded(float, 0, 0.9, above=True), metavar='F',
                        help='part of the training set that chooses the best epoch; the test set is then read once')
     group.add_argument('--imbalance', choices=('exp', 'step'), help='long-tailed training set: fewer and fewer images from class '
                        'to class, or few in the second half of the classes')
-    group.add_argument('--imbalance-factor', type=number(float, 0, 1, above=True), metavar='F',
+    group.add_argument('--imbalance-factor', type=bounded(float, 0, 1, above=True), metavar='F',
                        help='images of the rarest class over images of the most frequent one (0.1)')
-    group.add_argument('--imbalance-seed', type=number(int, 0, 2 ** 32 - 1), metavar='N',
+    group.add_argument('--imbalance-seed', type=bounded(int, 0, 2 ** 32 - 1), metavar='N',
                        help='which images stay; --manualSeed does not change that (0)')
-    group.add_argument('--train-fraction', type=number(float, 0, 1, above=True), metavar='F',
+    group.add_argument('--train-fraction', type=bounded(float, 0, 1, above=True), metavar='F',
                        help='train on this part of each class, at least one image')
-    group.add_argument('--label-noise', type=number(float, 0, 1, above=True), metavar='F',
+    group.add_argument('--label-noise', type=bounded(float, 0, 1, above=True), metavar='F',
                        help='give this part of the training images a wrong label, any other with equal chance')
 
 
 def check_arguments(args, parser):
-    """Refuse the flags of an imbalance without one, and fill in those that were left open."""
+    """Refuse the flags of an imbalance without --imbalance, and fill in those that are not given."""
     for name, default in (('imbalance_factor', 0.1), ('imbalance_seed', 0)):
         if args.imbalance is None and name in args.given:
-            parser.error(f'{FLAGS[name]} is not used without --imbalance exp or --imbalance step')
+            parser.error(f'{parser.spelling(name)} is not used without --imbalance exp or --imbalance step')
         if args.imbalance and getattr(args, name) is None:
             setattr(args, name, default)
 

@@ -28,6 +28,11 @@ def set_up(args, compiling=False):
     return device
 
 
+def autocast(args, images):
+    """bfloat16 autocast for a pass of `images`, with --precision bf16."""
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == 'bf16')
+
+
 def environment(device):
     """What a number should be reported with: {'commit': of this repository or None, 'device': its name, 'torch': version}."""
     def git(*command):

@@ -1,7 +1,7 @@
-"""Several processes, started by torchrun, that train one network together. Started without it a process is the only one.
+"""Several processes, started by torchrun, that train one network together. Without torchrun a process is the only one.
 
-Each takes the same share of every batch; gradients are averaged over all images of the batch by DistributedDataParallel. The
-first process alone prints, and writes files.
+Each process takes the same part of every batch; DistributedDataParallel averages the gradients over all images of the
+batch. Only the first process prints and writes files.
 """
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ SET_BY_TORCHRUN = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PO
 
 
 def start():
-    """Meet the other processes, if torchrun started this one. With CUDA each takes the device of its number on this machine."""
+    """Join the process group, if torchrun started this process. With CUDA each takes the device of its local rank."""
     if not started_by_torchrun() or active():
         return
     cuda = torch.cuda.is_available()
@@ -28,22 +28,22 @@ def start():
             raise UserError(f'torchrun started process {local_rank() + 1} on this machine, which has {torch.cuda.device_count()} '
                             'CUDA devices; give --nproc-per-node as many as there are devices')
         torch.cuda.set_device(local_rank())
-    store, number, processes = next(dist.rendezvous('env://'))
-    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=_of_this_start(store, number, processes), rank=number,
-                            world_size=processes)
+    store, own_rank, processes = next(dist.rendezvous('env://'))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', rank=own_rank, world_size=processes,
+                            store=_store_of_this_start(store, own_rank, processes))
     if not is_first():
         sys.stdout = open(os.devnull, 'w')
 
 
-def _of_this_start(store, number, processes):
-    """A part of `store` that is new and the same for all processes.
+def _store_of_this_start(store, own_rank, processes):
+    """A prefix of `store` that is new and the same for all processes.
 
-    torchrun keeps one store over all of its restarts (PyTorch 2.14), and what a killed process had left there would be taken for
-    that of its successor. So each process asks with a word of its own, and the first one answers those that are alive.
+    torchrun keeps one store over all of its restarts (PyTorch 2.14), and a process would take what a killed one left there
+    for that of its successor. So each process asks with a word of its own, and the first one answers those that are alive.
     """
-    if number > 0:
+    if own_rank > 0:
         word = uuid.uuid4().hex
-        store.set(f'hello {number}', word)
+        store.set(f'hello {own_rank}', word)
         name = store.get(f'welcome {word}').decode()  # waits for it
         store.add(f'{name} joined', 1)
     else:
@@ -67,7 +67,7 @@ def active():
 
 
 def rank():
-    """This process's number, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if active() else 0
 
 
@@ -76,7 +76,7 @@ def world_size():
 
 
 def local_rank():
-    """This process's number on its machine, from 0."""
+    """The rank of this process on its machine, from 0."""
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
@@ -84,14 +84,14 @@ def is_first():
     return rank() == 0
 
 
-def wait():
-    """Until all processes are here. One that has failed never comes; torchrun then ends the others."""
+def barrier():
+    """Wait until all processes are here. A process that has failed never comes; torchrun then ends the others."""
     if active():
         dist.barrier()
 
 
-def agreed(value):
-    """The first process's `value`, on all of them."""
+def broadcast(value):
+    """The first process's `value`, any object that can be pickled, in all processes."""
     if not active():
         return value
     box = [value]
@@ -99,15 +99,15 @@ def agreed(value):
     return box[0]
 
 
-def gathered(value):
-    """A list of every process's `value`, in order, on all of them."""
+def all_gather(value):
+    """A list of every process's `value`, any object that can be pickled, by rank, in all processes."""
     values = [value] * world_size()
     if active():
         dist.all_gather_object(values, value)
     return values
 
 
-def total(tensor):
+def all_reduce(tensor):
     """The sum of every process's `tensor`, in place; returns it."""
     if active():
         dist.all_reduce(tensor)
@@ -116,85 +116,42 @@ def total(tensor):
 
 @contextlib.contextmanager
 def first_on_each_machine():
-    """The first process of each machine goes ahead, so that it alone downloads; the others follow when it is done."""
+    """The first process of each machine runs the block before the others, so that it alone downloads."""
     if local_rank() > 0:
-        wait()
+        barrier()
     yield
     if local_rank() == 0:
-        wait()
+        barrier()
 
 
-def shares(images, batch_size, first=0):
-    """This process's part of each batch from number `first` on: slices of the positions 0 .. images - 1, perhaps empty ones.
+def local_slices(images, batch_size, first=0):
+    """This process's part of each batch from index `first` on: slices, perhaps empty, of the positions 0 .. images - 1.
 
-    Every batch is cut at the same places, so what is behind the end of a short last batch is missing at the last processes.
+    Every batch is cut at the same places, so a short last batch leaves fewer images, or none, to the last processes.
     """
     size = batch_size // world_size()
-    begins = range(first * batch_size + rank() * size, -(-images // batch_size) * batch_size, batch_size)
-    ends = (min(begin // batch_size * batch_size + rank() * size + size, images) for begin in begins)
-    return [slice(min(begin, end), end) for begin, end in zip(begins, ends)]
+    starts = range(first * batch_size + rank() * size, -(-images // batch_size) * batch_size, batch_size)
+    ends = (min(start // batch_size * batch_size + rank() * size + size, images) for start in starts)
+    return [slice(min(start, end), end) for start, end in zip(starts, ends)]
 
 
-def parallel(model):
-    """`model`, or what averages its gradients over the processes at the end of `backward`."""
+def data_parallel(model):
+    """`model`, among several processes inside of DistributedDataParallel, which averages the gradients in `backward`.
+
+    Raises UserError for a BatchNorm whose running statistics several processes cannot combine.
+    """
     if not active():
         return model
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.momentum is None for module in model.modules()):
+    norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+    if any(norm.momentum is None for norm in norms):
         raise UserError('BatchNorm with momentum None, an average over all batches, cannot be trained by several processes')
     kind = torch.nn.parallel.DistributedDataParallel
-    # `Statistics` below takes care of buffers; the option that says so has another name from PyTorch 2.14 on.
+    # utils/parts.py takes care of buffers; the option that says so has another name from PyTorch 2.14 on.
     parameters = inspect.signature(kind.__init__).parameters
     return kind(model, **{'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers': False})
 
 
-def averaging(model, now):
-    """A context for the passes of what `parallel` gave: gradients are averaged at the end of `backward` if `now`."""
-    return contextlib.nullcontext() if now or not active() else model.no_sync()
-
-
-class Statistics:
-    """BatchNorm's running statistics as one process has them that sees the parts of a batch in order, the first process's first.
-
-    Each process normalises with the statistics of its own part, as a ghost batch (Hoffer et al., arXiv 1705.08741). With
-    momentum m, p parts change the running r0 into r = (1 - m)^p r0 + c, and those of all processes one after another into
-    ... (1 - m)^p2 ((1 - m)^p1 r0 + c1) + c2 ..., so c = r - (1 - m)^p r0 of each process is all that has to be sent.
-    """
-
-    def __init__(self, model):
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-                 and module.running_mean is not None] if active() else []
-        self.running = [buffer for module in norms for buffer in (module.running_mean, module.running_var)]
-        self.counts = [module.num_batches_tracked for module in norms]
-        if norms:
-            keep = [1.0 - module.momentum for module in norms for _ in range(2)]
-            sizes = torch.tensor([buffer.numel() for buffer in self.running])
-            self.keep = torch.tensor(keep, dtype=torch.float64).repeat_interleave(sizes).to(self.running[0])
-
-    @contextlib.contextmanager
-    def of_all(self, parts):
-        """Around the passes of one batch, of which this process has `parts`; one without passes something all the same."""
-        if not self.running:
-            yield
-            return
-        before, counts = self._flat(), torch._foreach_add(self.counts, 0)
-        yield
-        changed = self._flat() - self.keep ** parts * before if parts else torch.zeros_like(before)
-        own = torch.cat([changed, changed.new_full((1,), float(parts))])
-        everyones = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(everyones, own)
-        running, seen = before, 0
-        for change in everyones:
-            running = self.keep ** change[-1] * running + change[:-1]
-            seen = seen + change[-1]
-        sizes = [buffer.numel() for buffer in self.running]
-        torch._foreach_copy_(self.running, [piece.view_as(buffer) for piece, buffer in zip(running.split(sizes), self.running)])
-        torch._foreach_copy_(self.counts, [count + seen.to(count.dtype) for count in counts])
-
-    def _flat(self):
-        return torch.cat([buffer.flatten() for buffer in self.running])
-
-
-def let_the_first_speak():
+def pause_unless_first():
     """Where all processes fail alike the first says why, and torchrun ends the others while they wait here."""
     if not is_first():
         time.sleep(5)
@@ -205,6 +162,6 @@ def connection_lost(error):
 
 
 def stop():
-    """Leave the other processes, when all is done."""
+    """Leave the process group, at the end."""
     if active():
         dist.destroy_process_group()

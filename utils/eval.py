@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import distributed
+from utils.errors import UserError
 
 
 def logits_of(outputs):
@@ -16,7 +17,7 @@ def logits_of(outputs):
 
 
 def shown_logits(model):
-    """What training accuracy is counted on: outputs -> logits, detached, without the margin if the head trains with one."""
+    """A function outputs -> logits, detached, that training accuracy is counted on: without the head's margin, if any."""
     head = next((module for module in model.modules() if hasattr(module, 'without_margin')), None)
     plain = head.without_margin if head else torch.Tensor.detach
     return lambda outputs: plain(logits_of(outputs))
@@ -25,8 +26,8 @@ def shown_logits(model):
 def cross_entropy(outputs, targets, label_smoothing=0.0):
     """Mean cross-entropy over the batch, natural logarithm, in float32 at least, whatever the precision of the network.
 
-    targets: class indices (batch,), or shares of the classes (batch, classes). label_smoothing: the part of each target that is
-    spread over all classes (Szegedy et al., arXiv 1512.00567, section 7).
+    targets: class indices (batch,), or shares of the classes (batch, classes). label_smoothing: the part of each target that
+    is spread over all classes (Szegedy et al., arXiv 1512.00567, section 7).
     """
     logits = logits_of(outputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -38,11 +39,17 @@ def quantities(num_classes):
     return ['Loss', 'Top-1'] + ['Top-5'] * (num_classes > 5)
 
 
+def metrics_line(part, values):
+    """What a meter has read, as words: 'test loss 0.1234 top-1 98.76%'."""
+    return f'{part} ' + ' '.join(f'{name.lower()} {value:.4f}' if name == 'Loss' else f'{name.lower()} {value:.2f}%'
+                                 for name, value in values.items())
+
+
 class Meter:
     """Mean loss and top-1 accuracy over the batches of one pass; top-5 too where there are more than five classes.
 
     `update` only adds up on the device; `read` and `first_bad_batch` wait for it. Among several processes each counts its own
-    images until `gather` puts all together.
+    images; `of_all_processes` and `read_all` put them together.
     """
 
     def __init__(self, batches, num_classes, device):
@@ -52,44 +59,55 @@ class Meter:
         self.quantities = quantities(num_classes)
 
     def update(self, outputs, targets, loss):
-        """outputs: what the model returned. targets: (batch,), or (batch, classes) of which the largest counts. loss: the batch's
-        mean, a scalar tensor.
+        """Count one batch; without targets it is a batch of which this process has no images.
+
+        outputs: what the model returned. targets: (batch,), or (batch, classes) of which the largest counts. loss: the
+        mean over the batch, a scalar tensor.
         """
-        logits = logits_of(outputs).detach()
-        targets = targets.argmax(dim=1) if targets.dim() == 2 else targets
-        self.losses[len(self.sizes)] = loss.detach().double() * len(targets)
+        if len(targets):
+            logits = logits_of(outputs).detach()
+            targets = targets.argmax(dim=1) if targets.dim() == 2 else targets
+            self.losses[len(self.sizes)] = loss.detach().double() * len(targets)
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            self.correct += torch.stack((hits[:, 0].sum(), hits.sum()))
         self.sizes.append(len(targets))
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        self.correct += torch.stack((hits[:, 0].sum(), hits.sum()))
 
-    def skip(self):
-        """A batch without images in this process."""
-        self.sizes.append(0)
-
-    def gather(self):
-        """Count the images of all processes, each batch as a whole."""
-        if distributed.active():
-            sizes = torch.zeros_like(self.losses)
-            sizes[:len(self.sizes)] = torch.tensor(self.sizes, dtype=sizes.dtype, device=sizes.device)
-            self.losses, sizes = distributed.total(torch.stack((self.losses, sizes)))
-            self.sizes = sizes.tolist()[:max(distributed.gathered(len(self.sizes)))]
-            distributed.total(self.correct)
+    def of_all_processes(self):
+        """A Meter of the images of all processes, each batch as a whole."""
+        if not distributed.active():
+            return self
+        sizes = torch.zeros_like(self.losses)
+        sizes[:len(self.sizes)] = torch.tensor(self.sizes, dtype=sizes.dtype, device=sizes.device)
+        whole = Meter.__new__(Meter)
+        whole.quantities = self.quantities
+        whole.losses, sizes = distributed.all_reduce(torch.stack((self.losses, sizes)))
+        whole.sizes = sizes.tolist()[:max(distributed.all_gather(len(self.sizes)))]
+        whole.correct = distributed.all_reduce(self.correct.clone())
+        return whole
 
     def state(self):
-        """What `load` in another Meter goes on from, plain tensors."""
+        """What `load` in another Meter takes, plain tensors."""
         return {'losses': self.losses.cpu(), 'correct': self.correct.cpu(), 'sizes': self.sizes}
 
-    def load(self, state, own=True):
-        """Where the batches of `state` are not counted as `own`, they are as batches without images here."""
-        if own:
+    def load(self, state, local=True):
+        """Resume counting. If not `local`, the batches of `state` count as batches of which this process has no images."""
+        if local:
             self.losses.copy_(state['losses'])
             self.correct.copy_(state['correct'])
-        self.sizes = list(state['sizes']) if own else [0] * len(state['sizes'])
+        self.sizes = list(state['sizes']) if local else [0] * len(state['sizes'])
 
     def read(self):
         """Quantity -> value so far: 'Loss' (mean per image), 'Top-1' and perhaps 'Top-5' (percent)."""
         seen = max(sum(self.sizes), 1)
-        return dict(zip(self.quantities, [self.losses.sum().item() / seen, *(100 * self.correct.double().cpu() / seen).tolist()]))
+        correct = (100 * self.correct.double().cpu() / seen).tolist()
+        return dict(zip(self.quantities, [self.losses.sum().item() / seen, *correct]))
+
+    def read_all(self, part):
+        """`read` over all processes. UserError if none of the images of `part`, 'train' or 'test', could be read."""
+        whole = self.of_all_processes()
+        if not sum(whole.sizes):
+            raise UserError(f'none of the images to {part} on can be read')
+        return whole.read()
 
     def __str__(self):
         return ' | '.join(f'{name.lower()} {value:.4g}' for name, value in self.read().items())

@@ -1,22 +1,38 @@
-"""Where methods are listed, and how the chosen ones are put together. No other file knows their names.
+"""Where methods are listed, and how the chosen ones are put together.
 
-A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs:
-    head(args)            -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
-    loss_term(args)       -> (outputs, targets, activations) -> scalar, added to the cross-entropy
-    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used in place of torch.optim.SGD; where
-                             --optimizer names another class than SGD, the options have it as base_optimizer
+A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs, each of which takes
+as many of its arguments as it names:
+    head(args)              -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
+    loss_term(args, model)  -> (outputs, targets, activations) -> scalar, added to the cross-entropy: a function, or an
+                               nn.Module, which becomes part of the model: its parameters are trained, its parameters and
+                               buffers are on the device and in the checkpoint, its gradients averaged over processes.
+                               `model.in_features` and `model.num_classes` are the sizes of the classifier.
+    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used instead of torch.optim.SGD; where
+                               --optimizer names another class than SGD, the options have it as base_optimizer
 and, where it needs them:
-    layers(args)                -> names of the modules whose outputs are the activations of its loss term
-    cross_entropy_weight(args)  -> the weight of the cross-entropy beside its loss term; without it 1, several are multiplied
-    FIRST_VALUES                = flags that a checkpoint's state takes the place of, so that a resumed run refuses them
-    CLASS_TARGETS = True        where targets must be one class for each image, not shares of several, as mixing images gives
-A head with `after_step()` is told of every optimizer step; one that trains on other logits than it predicts with has
-`without_margin(logits)` for these. An optimizer with `next_part(parts)` is told when a batch that is split goes on by so many parts; one
-whose `local_pass` is true does not need the gradient of all processes.
-A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it. `args.given` is the set of flags that the command
-line set; a ValueError from any of these functions ends the run with its sentence.
+    layers(args)                   -> names of what its loss term gets as activations: modules, whose outputs they are,
+                                      `input`, the images, or `features`, what goes into the head, in every architecture
+    cross_entropy_weight(args)     -> the weight of the cross-entropy together with its loss term; by default 1, several
+                                      are multiplied
+    parameter_groups(args, model)  -> [{'params': [...], 'lr': ...}, ...]: options of their own for some parameters of the
+                                      model; the schedule multiplies their rates as it multiplies all others
+    DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
+    FIRST_VALUES = {flags that a checkpoint's state replaces, so that a resumed run refuses them}
+    CLASS_TARGETS = True where targets must be one class for each image, not shares of several, as mixing images gives
+A head that trains on other logits than it predicts with has `without_margin(logits)` for these. An optimizer with
+`next_part(parts)` is told when a batch that is split goes on by so many parts; one whose `local_pass` is true does not need
+the gradient of all processes.
+
+A head, or a loss term that is a module, with `after_step()` is told of every optimizer step. Among several processes it runs
+in each of them, and must leave the same values in all: it may use its parameters, its buffers and the count of steps, as they
+are the same everywhere. It may not use what was computed from this process's images, unless torch.distributed.all_reduce has
+made it that of all, nor random numbers, files or the clock. The same holds for buffers that `forward` changes.
+
+A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it. `args.given` is the set of flags that the
+command line set; a ValueError from any of these functions ends the run with its sentence.
 """
 import argparse
+import copy
 import importlib
 import inspect
 import math
@@ -26,7 +42,10 @@ from torch import nn
 
 from models.base import WithAuxiliary
 from utils.activations import Activations
+from utils.errors import UserError, one_line
 from utils.eval import cross_entropy
+from utils.parts import single_image_explained
+from utils.schedule import OPTIMIZERS
 
 # A method of your own is one more line here, the name of its file.
 METHODS = {name: importlib.import_module(name) for name in (
@@ -60,14 +79,16 @@ def check_arguments(args, parser):
     for name, module in METHODS.items():
         unused = sorted(flags(module) & args.given)
         if unused and name not in args.method:
-            parser.error(f'--{unused[0].replace("_", "-")} is a flag of --method {name}, which is not selected')
+            parser.error(f'{parser.spelling(unused[0])} is a flag of --method {name}, which is not selected')
         if name in args.method and args.compile and hasattr(module, 'layers'):
-            parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what is compiled')
+            parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what is '
+                         'compiled')
         for flag in sorted(getattr(module, 'FIRST_VALUES', set()) & args.given if args.resume else ()):
-            parser.error(f'--{flag.replace("_", "-")} is where a new run begins; a resumed one goes on from what the checkpoint has')
+            parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its checkpoint')
         mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
         if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
-            parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a mixed image has two')
+            parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a mixed '
+                         'image has two')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:
@@ -93,13 +114,42 @@ def flags(module):
     return set(vars(parser.parse_args([])))
 
 
+def _call(function, *arguments):
+    """A part of a method takes the first arguments, as many as it names."""
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    return function(*(arguments if inspect.Parameter.VAR_POSITIONAL in kinds else arguments[:len(kinds)]))
+
+
 def _chosen(args, part, *context):
-    return [getattr(METHODS[name], part)(args, *context) for name in args.method if hasattr(METHODS[name], part)]
+    modules = (METHODS[name] for name in args.method)
+    return [_call(getattr(module, part), args, *context) for module in modules if hasattr(module, part)]
 
 
 def build_head(args):
     """The classifier that models are built with."""
     return (_chosen(args, 'head') or [nn.Linear])[0]
+
+
+def attach_loss_terms(args, model):
+    """Make the chosen loss terms that are modules part of `model`, as model.loss_terms; returns the model.
+
+    To be called where the model is built, before its weights are loaded and its optimizer is made.
+    """
+    terms = {name: term for name in args.method if isinstance(term := _loss_term(args, name, model), nn.Module)}
+    if terms:
+        model.loss_terms = nn.ModuleDict(terms)
+    return model
+
+
+def detach_loss_terms(model):
+    """Take them off again, for those who look at the network alone."""
+    if hasattr(model, 'loss_terms'):
+        del model.loss_terms
+
+
+def _loss_term(args, name, model):
+    part = getattr(METHODS[name], 'loss_term', None)
+    return _call(part, args, model) if part else None
 
 
 def build_criterion(args, model):
@@ -111,36 +161,71 @@ def build_criterion(args, model):
     weight = math.prod(_chosen(args, 'cross_entropy_weight'))
     if args.label_smoothing and not weight:
         raise ValueError('--label-smoothing does nothing without cross-entropy; give it a --cross-entropy-weight')
-    terms = []
-    for module in (METHODS[name] for name in args.method if hasattr(METHODS[name], 'loss_term')):
-        layers = Activations(model, module.layers(args)).read if hasattr(module, 'layers') else list
-        terms.append((module.loss_term(args), layers))
+    attached, terms = getattr(model, 'loss_terms', {}), []
+    for name in args.method:
+        term = attached[name] if name in attached else _loss_term(args, name, model)
+        if term is not None:
+            layers = _call(METHODS[name].layers, args) if hasattr(METHODS[name], 'layers') else None
+            terms.append((term, Activations(model, layers).read if layers else list))
 
     def criterion(outputs, targets):
         auxiliary = 0
         if isinstance(outputs, WithAuxiliary):
-            auxiliary = outputs.weight * sum(cross_entropy(logits, targets, args.label_smoothing) for logits in outputs.auxiliary)
-            outputs = outputs.outputs
+            losses = (cross_entropy(logits, targets, args.label_smoothing) for logits in outputs.auxiliary)
+            auxiliary, outputs = outputs.weight * sum(losses), outputs.outputs
         loss = weight * cross_entropy(outputs, targets, args.label_smoothing) if weight else 0
-        return loss + sum(term(outputs, targets, layers()) for term, layers in terms) + auxiliary
+        return loss + sum(term(outputs, targets, activations()) for term, activations in terms) + auxiliary
 
     return criterion
 
 
-def build_optimizer(args, model, steps_per_epoch):
-    """The optimizer of --optimizer, alone or inside of what the chosen method wraps around it, for the parameters of `model`.
+def default_lr(args):
+    """The learning rate that a chosen method brings for its optimizer, or None."""
+    return next((rate for name in args.method if (rate := getattr(METHODS[name], 'DEFAULT_LR', None)) is not None), None)
 
-    ValueError if a model's regime sets an option that the optimizer does not have.
+
+def build_optimizer(args, model, steps_per_epoch, parameters=None):
+    """The optimizer of --optimizer, alone or inside of what the chosen method wraps around it.
+
+    parameters: by default those of `model`, in the groups that the methods ask for. ValueError if the regime of the model
+    sets an option that the optimizer does not have.
     """
-    base = getattr(torch.optim, args.optimizer)
+    base = OPTIMIZERS[args.optimizer].func
     options = {**args.regime[0], 'nesterov': True} if args.nesterov else args.regime[0]
     for name in sorted(set().union(*args.regime) - set(inspect.signature(base).parameters)):
         raise ValueError(f'the regime of --arch {args.arch} sets {name}, which {args.optimizer} does not have')
     wrapping = _chosen(args, 'optimizer', model, steps_per_epoch)
     if wrapping and base is not torch.optim.SGD:
         options = {**options, 'base_optimizer': base}
-    optimizer = (wrapping or [base])[0](model.parameters(), **options)
+    make = (wrapping or [base])[0]
+    optimizer = make(parameter_groups(args, model) if parameters is None else parameters, **options)
     for module in model.modules():
         if hasattr(module, 'after_step'):
             optimizer.register_step_post_hook(lambda *_, module=module: module.after_step())
     return optimizer
+
+
+def parameter_groups(args, model):
+    """The parameters of `model`, in one group, except those to which a method gives options of their own."""
+    groups = [group for groups in _chosen(args, 'parameter_groups', model) for group in groups]
+    if not groups:
+        return model.parameters()
+    separate = {id(p) for group in groups for p in group['params']}
+    return [{'params': [p for p in model.parameters() if id(p) not in separate]}, *groups]
+
+
+def rehearse(args, model, size, images=2, training_images=0):
+    """Pass `images` blank images of `size` pixels a side through a copy: what cannot work is refused before data is read.
+
+    images: 1 if an epoch of training_images images ends with a part of one image, see parts.smallest_part.
+    """
+    model = copy.deepcopy(model).cpu().train()
+    inputs, targets = torch.zeros(images, 3, size, size), torch.zeros(images, dtype=torch.long)
+    try:
+        with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
+            build_criterion(args, model)(model(inputs, targets), targets)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--arch {args.arch} cannot take images of {size} pixels ({one_line(error)[:200]}); '
+                        'give another --image-size') from error

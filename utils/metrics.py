@@ -22,10 +22,10 @@ class Predictions(Meter):
         self.probabilities.append(torch.softmax(logits_of(outputs).float(), dim=1))
         self.targets.append(targets)
 
-    def gathered(self):
+    def of_all_images(self):
         """Probabilities (N, classes), float32, and targets (N,) of the images of all processes, NumPy arrays."""
         own = [(probabilities.cpu().numpy(), targets.cpu().numpy()) for probabilities, targets in zip(self.probabilities, self.targets)]
-        pairs = [pair for pairs in distributed.gathered(own) for pair in pairs]
+        pairs = [pair for pairs in distributed.all_gather(own) for pair in pairs]
         return tuple(np.concatenate(arrays) for arrays in zip(*pairs))
 
 
@@ -57,7 +57,7 @@ def calibration_error(probabilities, targets, bins=15):
     return np.abs(np.bincount(place, correct - confidence, bins)).sum().item() / len(targets)
 
 
-def in_words(classes, values, at_most=20):
+def class_report(classes, values, at_most=20):
     """What `of_classes` gave as lines of text; of more than `at_most` classes only the worst."""
     ordered = sorted((share, name) for share, name in zip(values['class accuracy'], classes) if share is not None)
     words = [f'{name} {share:.2f}%' for share, name in ordered[:at_most]]

@@ -1,58 +1,70 @@
-"""The options of the optimizer as a pure function of the position in training: nothing to save, nothing to restore wrongly."""
+"""The optimizer's options as a pure function of the position in training: nothing to save, nothing to restore wrongly."""
+import functools
 import math
 from fractions import Fraction
 
-from utils.arguments import number
+import torch
 
-# What flags and a model's regime may leave open. Adam and AdamW have no momentum that could be set.
-DEFAULTS = {'SGD': {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 5e-4}, 'RMSprop': {'lr': 1e-3, 'momentum': 0.0, 'weight_decay': 5e-4},
-            'Adam': {'lr': 1e-3, 'weight_decay': 5e-4}, 'AdamW': {'lr': 1e-3, 'weight_decay': 5e-4}}
+from utils.flags import bounded
+
+# An optimizer of your own is one more line here: its class, and its options where neither flags nor a regime set them.
+# Adam and AdamW have no momentum that could be set.
+OPTIMIZERS = {
+    'SGD': functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
+    'RMSprop': functools.partial(torch.optim.RMSprop, lr=1e-3, momentum=0.0, weight_decay=5e-4),
+    'Adam': functools.partial(torch.optim.Adam, lr=1e-3, weight_decay=5e-4),
+    'AdamW': functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=5e-4),
+}
 RATE_FLAGS = ('optimizer', 'lr', 'lr_schedule', 'schedule', 'lr_step_size', 'gamma', 'warmup')
 
 
 def add_arguments(group):
     """The flags that decide how long and along which rates to train. Those that a model's regime may set default to None."""
-    group.add_argument('--epochs', type=number(int, 1), default=300, metavar='N', help='(%(default)s)')
-    group.add_argument('--start-epoch', type=number(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
-    group.add_argument('--optimizer', choices=DEFAULTS, help='(SGD, or as the model\'s regime says)')
-    group.add_argument('--lr', type=number(float, 0), help='highest learning rate (0.1, of other optimizers than SGD 0.001; or the regime\'s)')
+    group.add_argument('--epochs', type=bounded(int, 1), default=300, metavar='N', help='(%(default)s)')
+    group.add_argument('--start-epoch', type=bounded(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
+    group.add_argument('--optimizer', choices=OPTIMIZERS, help='(SGD, or as the model\'s regime says)')
+    group.add_argument('--lr', '--learning-rate', type=bounded(float, 0),
+                       help='highest learning rate (0.1, of other optimizers than SGD 0.001; or the regime\'s)')
     group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle'), help='(step, or the regime\'s)')
-    group.add_argument('--schedule', type=number(int, 0), nargs='+', metavar='EPOCH',
+    group.add_argument('--schedule', type=bounded(int, 0), nargs='+', metavar='EPOCH',
                        help='step: when to multiply lr by --gamma (after 1/2 and 3/4 of the epochs)')
-    group.add_argument('--lr-step-size', type=number(int, 1), metavar='N', help='step: multiply lr by --gamma every N epochs')
-    group.add_argument('--gamma', type=number(float, 0), help='step: (0.1)')
-    group.add_argument('--warmup', type=number(float, 0), metavar='EPOCHS',
+    group.add_argument('--lr-step-size', type=bounded(int, 1), metavar='N', help='step: multiply lr by --gamma every N epochs')
+    group.add_argument('--gamma', type=bounded(float, 0), help='step: (0.1)')
+    group.add_argument('--warmup', type=bounded(float, 0), metavar='EPOCHS',
                        help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
-    group.add_argument('--momentum', type=number(float, 0, 1), help='(0.9, of RMSprop 0; or the regime\'s)')
+    group.add_argument('--momentum', type=bounded(float, 0, 1), help='(0.9, of RMSprop 0; or the regime\'s)')
     group.add_argument('--nesterov', action='store_true')
-    group.add_argument('--weight-decay', '--wd', type=number(float, 0), help='(0.0005, or the regime\'s)')
-    group.add_argument('--base-batch', type=number(int, 1), default=128, metavar='N',
-                       help='the batch that lr and epochs are meant for, for the next two (%(default)s)')
+    group.add_argument('--weight-decay', '--wd', type=bounded(float, 0), help='(0.0005, or the regime\'s)')
+    group.add_argument('--base-batch', type=bounded(int, 1), default=128, metavar='N',
+                       help='the batch that lr and epochs are meant for, for the next two flags (%(default)s)')
     group.add_argument('--lr-scaling', choices=('none', 'sqrt', 'linear'), default='none',
                        help='multiply lr by (batch / base batch), or by its square root (none)')
     group.add_argument('--epoch-scaling', action='store_true',
-                       help='multiply the epochs, also those of schedule and warmup, by (batch / base batch): as many steps as with it')
+                       help='multiply the epochs, also of schedule and warmup, by (batch / base batch): as many steps as '
+                       'with the base batch')
 
 
-def settle(args, regime, parser):
-    """Refuse a schedule that cannot be, and fill in what was left open.
+def fill_in(args, regime, parser, default_lr=None):
+    """Refuse a schedule that is invalid, and fill in what is not given.
 
-    `regime` is the model's, see `unrolled`. A flag wins over the setting of its name, and any flag about the learning rate
-    over all of the regime's rates. args.regime becomes a list, for each epoch the options of the optimizer, and
-    args.lr_schedule 'regime' if the rates are the regime's.
+    regime: the model's, see `unrolled`. A flag wins over the setting of its name, and any flag about the learning rate over
+    all of the regime's rates. args.regime becomes a list, for each epoch the options of the optimizer, and
+    args.lr_schedule 'regime' if the rates are the regime's. default_lr: replaces the default rate of the optimizer.
     """
     settings = unrolled(regime, args.epochs)
-    own = {name: getattr(args, name) for name in ('momentum', 'weight_decay') if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ('momentum', 'weight_decay') if getattr(args, name) is not None}
     if any(getattr(args, name) is not None for name in RATE_FLAGS):
         settings = [{name: value for name, value in now.items() if name != 'lr'} for now in settings]
     elif any('lr' in now for now in settings):
-        args.lr_schedule = 'regime'  # not a choice of the flag: leaving all flags about the rate out is
+        args.lr_schedule = 'regime'  # not a choice of the flag: giving no flag about the rate is
     names = [args.optimizer] if args.optimizer else list(dict.fromkeys(now.get('optimizer', 'SGD') for now in settings))
-    if len(names) > 1 or names[0] not in DEFAULTS:
-        parser.error(f'--arch {args.arch} wants the optimizer {" and then ".join(names)}, and a run has one of {", ".join(DEFAULTS)}; '
-                     'choose it with --optimizer')
+    if len(names) > 1 or names[0] not in OPTIMIZERS:
+        parser.error(f'--arch {args.arch} asks for the optimizer {" and then ".join(names)}, and a run has one of '
+                     f'{", ".join(OPTIMIZERS)}; choose it with --optimizer')
     args.optimizer = names[0]
-    defaults = DEFAULTS[args.optimizer]
+    defaults = dict(OPTIMIZERS[args.optimizer].keywords)
+    if default_lr is not None:
+        defaults['lr'] = default_lr
     if 'momentum' in args.given and 'momentum' not in defaults:
         parser.error(f'--momentum is not used by --optimizer {args.optimizer}')
 
@@ -60,17 +72,20 @@ def settle(args, regime, parser):
     if 'base_batch' in args.given and args.lr_scaling == 'none' and not args.epoch_scaling:
         parser.error('--base-batch is not used without --lr-scaling sqrt, --lr-scaling linear or --epoch-scaling')
     stretch = scale if args.epoch_scaling else 1
-    rates = {'none': 1.0, 'sqrt': math.sqrt(scale), 'linear': float(scale)}[args.lr_scaling]
-    _settle_rate(args, stretch, parser)
+    factor = {'none': 1.0, 'sqrt': math.sqrt(scale), 'linear': float(scale)}[args.lr_scaling]
+    _fill_in_rate(args, stretch, parser)
     args.epochs = math.ceil(args.epochs * stretch)
     last = len(settings) - 1
-    args.regime = [{**defaults, **settings[min(int(epoch / stretch), last)], **own} for epoch in range(args.epochs)]
+    args.regime = [{**defaults, **settings[min(int(epoch / stretch), last)], **given} for epoch in range(args.epochs)]
     for now in args.regime:
-        now['lr'] = (now['lr'] if args.lr is None else args.lr) * rates
+        now['lr'] = (now['lr'] if args.lr is None else args.lr) * factor
         now.pop('optimizer', None)
         if 'momentum' not in defaults:  # the regime was written for another optimizer
             now.pop('momentum', None)
     args.lr, args.momentum, args.weight_decay = (args.regime[0].get(name) for name in ('lr', 'momentum', 'weight_decay'))
+    if args.lr_schedule == 'regime' and args.lr <= 0:
+        parser.error(f'the regime of --arch {args.arch} must begin with a learning rate above 0, which the rates of parameter '
+                     f'groups are multiplied along with; it has {args.lr}')
     if args.nesterov and args.optimizer != 'SGD':
         parser.error(f'--nesterov is for --optimizer SGD, not {args.optimizer}')
     if args.nesterov and args.momentum == 0:
@@ -82,8 +97,8 @@ def settle(args, regime, parser):
 def unrolled(regime, epochs):
     """The settings of each epoch, a list of dicts.
 
-    regime: None, a dict of epoch -> settings, or a function epoch -> settings (or None); what is set holds until it is set
-    anew. Settings: 'optimizer', which cannot change on the way, 'lr', 'momentum', 'weight_decay' and other options of the
+    regime: None, a dict of epoch -> settings, or a function epoch -> settings (or None); a setting holds until it is set
+    again. Settings: 'optimizer', which cannot change on the way, 'lr', 'momentum', 'weight_decay' and other options of the
     optimizer.
     """
     setting = regime if callable(regime) else (regime or {}).get
@@ -94,14 +109,14 @@ def unrolled(regime, epochs):
     return result
 
 
-def _settle_rate(args, stretch, parser):
+def _fill_in_rate(args, stretch, parser):
     if args.lr_schedule == 'regime':
         return
     args.lr_schedule = args.lr_schedule or 'step'
     args.gamma = 0.1 if args.gamma is None else args.gamma
     if args.lr_schedule != 'step':
         for flag in sorted({'schedule', 'lr_step_size', 'gamma'} & args.given):
-            parser.error(f'--{flag.replace("_", "-")} belongs to --lr-schedule step, not {args.lr_schedule}')
+            parser.error(f'{parser.spelling(flag)} belongs to --lr-schedule step, not {args.lr_schedule}')
         args.schedule = []
     elif args.schedule is not None and args.lr_step_size:
         parser.error('--schedule and --lr-step-size both say when the learning rate falls; use one of them')
@@ -119,36 +134,59 @@ def _settle_rate(args, stretch, parser):
     args.warmup *= float(stretch)
 
 
-def options(step, steps_per_epoch, args):
-    """The options of the optimizer for step `step` (0-based), a dict: of its epoch, with the learning rate of the step."""
-    return {**args.regime[step // steps_per_epoch], 'lr': learning_rate(step, steps_per_epoch, args)}
+def apply(optimizer, step, steps_per_epoch, args):
+    """Set the options of `optimizer` for `step`, counted from 0 at the beginning of training.
+
+    The schedule multiplies the learning rate that each parameter group was made with. Other options follow the regime in
+    those groups that were made with its first values, and stay as they are in all others.
+    """
+    first, now = args.regime[0], args.regime[step // steps_per_epoch]
+    for group in optimizer.param_groups:
+        made = made_with(group)
+        for name in now.keys() & made.keys() - {'lr'}:
+            if made[name] == first.get(name, made[name]):
+                group[name] = now[name]
+        if 'lr' in made:
+            group['lr'] = group_rate(group, step, steps_per_epoch, args)
 
 
-def learning_rate(step, steps_per_epoch, args):
-    """The rate for optimizer step `step` (0-based) of `args.epochs * steps_per_epoch`.
+def made_with(group):
+    """The options that a parameter group was made with, kept in the group itself when they are first asked for."""
+    return group.setdefault('made_with', {name: value for name, value in group.items() if name != 'params'})
 
-    step      args.lr * args.gamma ^ (milestones in args.schedule, in epochs, that are behind)
-    cosine    from args.lr to 0 along half a cosine
-    onecycle  up from args.lr / 25 to args.lr, then down to args.lr / 250,000, both along half a cosine
+
+def group_rate(group, step, steps_per_epoch, args):
+    """The learning rate of a parameter group at `step`."""
+    return learning_rate(step, steps_per_epoch, args, group.get('made_with', group)['lr'])
+
+
+def learning_rate(step, steps_per_epoch, args, highest=None):
+    """The rate for optimizer step `step` (0-based) of `args.epochs * steps_per_epoch`, with `highest`, by default args.lr:
+
+    step      highest * args.gamma ^ (milestones in args.schedule, in epochs, that are behind)
+    cosine    from `highest` to 0 along half a cosine
+    onecycle  up from highest / 25 to `highest`, then down to highest / 250,000, both along half a cosine
               (Smith and Topin, arXiv 1708.07120, as torch.optim.lr_scheduler.OneCycleLR, with constant momentum)
-    regime    as the regime of the model says for the epoch
+    regime    as the regime of the model says for the epoch, in proportion to `highest`, which is its first rate by default
 
     The first args.warmup epochs climb linearly to the rate that follows; for onecycle they are the way up.
     """
+    highest = args.lr if highest is None else highest
     if args.lr_schedule == 'regime':
-        return args.regime[step // steps_per_epoch]['lr']
+        rate = args.regime[step // steps_per_epoch]['lr']
+        return rate if highest == args.lr else rate * highest / args.lr
     warmup = args.warmup * steps_per_epoch
-    total = args.epochs * steps_per_epoch
+    steps = args.epochs * steps_per_epoch
     if args.lr_schedule == 'onecycle':
         peak = max(warmup - 1, 0)
         if step < peak:
-            return _half_cosine(args.lr / 25, args.lr, step / peak)
-        return _half_cosine(args.lr, args.lr / 25e4, (step - peak) / max(total - 1 - peak, 1))
+            return _half_cosine(highest / 25, highest, step / peak)
+        return _half_cosine(highest, highest / 25e4, (step - peak) / max(steps - 1 - peak, 1))
     climb = min((step + 1) / warmup, 1) if warmup else 1
     step = max(step, warmup)
     if args.lr_schedule == 'cosine':
-        return climb * _half_cosine(args.lr, 0, (step - warmup) / (total - warmup or 1))
-    return climb * args.lr * args.gamma ** sum(milestone <= step // steps_per_epoch for milestone in args.schedule)
+        return climb * _half_cosine(highest, 0, (step - warmup) / (steps - warmup or 1))
+    return climb * highest * args.gamma ** sum(milestone <= step // steps_per_epoch for milestone in args.schedule)
 
 
 def _half_cosine(start, end, fraction):

@@ -1,7 +1,7 @@
-"""Architectures for 32x32 images. The list below is the one that `--arch` offers.
+"""Architectures for 32x32 images; `--arch` offers what is in MODELS.
 
-`build` makes one of them. Every constructor takes num_classes and classifier, and those options of its own
-that its signature names; the flags that set them are in OPTION_FLAGS.
+`build` makes one of them. Every constructor takes num_classes and classifier, and the options that its signature names;
+OPTION_FLAGS has the flags that set these. A model of your own is a file here, an import and a line in MODELS.
 """
 import inspect
 

@@ -1,7 +1,7 @@
-"""Architectures for photographs: torchvision's, and ResNeXts of any cardinality. The list below is the one that `--arch` offers.
+"""Architectures for photographs: torchvision's, and ResNeXts of any cardinality. `--arch` offers what is in MODELS.
 
 `build` makes one of them, with a head that can be swapped; `weights_preset` says how images are to be prepared for
-torchvision's weights. The flags that set an architecture's own options are in OPTION_FLAGS.
+torchvision's weights. OPTION_FLAGS has the flags that set an architecture's options, REGIME how all are trained by default.
 """
 import warnings
 
@@ -11,11 +11,14 @@ from torchvision import models as torchvision_models
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from models.base import with_defaults
-from models.imagenet.wrapped import TorchvisionClassifier, last_layer
+from models.wrapped import TorchvisionClassifier, last_layer
 
 # Blocks in each stage: Xie et al., CVPR 2017 (arXiv 1611.05431), table 1.
 RESNEXTS = {'resnext50': [3, 4, 6, 3], 'resnext101': [3, 4, 23, 3]}
 MODELS = [*torchvision_models.list_models(module=torchvision_models), *RESNEXTS]
+
+# Usual for ImageNet: He et al., CVPR 2016 (arXiv 1512.03385), section 3.4.
+REGIME = {0: {'weight_decay': 1e-4}}
 
 OPTION_FLAGS = {'cardinality': '--cardinality', 'base_width': '--base-width'}
 
@@ -84,15 +87,16 @@ def build(arch, num_classes, classifier=nn.Linear, pretrained=False, image_size=
             network.transform_input = False  # see weights_preset
         for name in () if same_classes else (last, *auxiliary):
             network.set_submodule(name, new.get_submodule(name))
-    trained = network.get_submodule(last)
+    pretrained_layer = network.get_submodule(last)
     model = TorchvisionClassifier(network, last, classifier, auxiliary_weight)
+    model.regime = REGIME
     if same_classes and classifier is not nn.Linear:
-        _copy_weights(trained, model.head)
+        _copy_weights(pretrained_layer, model.head)
     return model
 
 
 def _size_option(arch, image_size, weights):
-    """The option by which torchvision is told the image size, in those networks that have parameters for each position."""
+    """The option by which torchvision is told the image size, in networks that have parameters for each position."""
     if arch == 'inception_v3' and image_size is not None and image_size < 299:
         # A grid of 17x17 is the least that its auxiliary classifier's convolution takes.
         raise ValueError(f'--arch {arch} has an auxiliary classifier, for images of at least 299 pixels, was given {image_size}')

@@ -1,22 +1,20 @@
-"""Folders of images of any size, such as ImageNet: listed at the start, decoded and augmented by worker processes."""
-import contextlib
+"""Images that do not fit in memory, such as ImageNet: listed at the start, decoded and augmented by worker processes."""
 import os
-import random
 import sys
 import warnings
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
-from utils import data, distributed
+from utils import batches, distributed
+from utils.datasets import open_image
 from utils.errors import UserError
+from utils.files import replacing
 
 # torchvision is imported where it is used: it takes a second or more.
 
 IMAGENET_MEAN, IMAGENET_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of each channel, in units of 0..255
-AUTO_AUGMENTS = ('imagenet', 'randaugment', 'trivialaugment', 'augmix')
 
 
 class Folder(NamedTuple):
@@ -31,6 +29,17 @@ class Folder(NamedTuple):
     def class_counts(self):
         """The number of images of each class, a list."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def blank(self):
+        """A black PIL image; transforms make of it what they make of any."""
+        return Image.new('RGB', (32, 32))
+
+    def name(self, index):
+        return self.paths[index]
+
+    def image(self, index):
+        """The PIL image; ValueError with the reason if it cannot be read."""
+        return open_image(self.paths[index])
 
 
 def read_folders(root):
@@ -75,16 +84,36 @@ def training_transform(image_size, auto_augment=None, interpolation='bilinear', 
     from torchvision.transforms import v2
 
     mode = v2.InterpolationMode(interpolation)
-    augment = {
-        None: [],
-        'imagenet': [v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, mode)],  # Cubuk et al., arXiv 1805.09501
-        'randaugment': [v2.RandAugment(interpolation=mode)],  # Cubuk et al., arXiv 1909.13719
-        'trivialaugment': [v2.TrivialAugmentWide(interpolation=mode)],  # Mueller and Hutter, arXiv 2103.10158
-        'augmix': [v2.AugMix(interpolation=mode)],  # Hendrycks et al., arXiv 1912.02781
-    }[auto_augment]
+    policy = 'imagenet' if auto_augment == 'autoaugment' else auto_augment
+    augment = [batches.auto_augment(policy, v2, interpolation=mode)] if policy else []
     erase = [v2.RandomErasing(random_erase, value=[float(round(value)) for value in mean])] if random_erase else []
-    return v2.Compose([v2.RandomResizedCrop(image_size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip(), *augment,
-                       v2.PILToTensor(), *erase])
+    return v2.Compose([v2.RandomResizedCrop(image_size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip(),
+                       *augment, v2.PILToTensor(), *erase])
+
+
+def small_image_transform(padding=0, flip=False, cutout=0, transform=None, mean=(0, 0, 0)):
+    """PIL image -> uint8 (3, height, width), with what `Batches` does to a batch done to one image.
+
+    padding, flip, cutout: as for `Batches`. transform: PIL image -> PIL image, after these. mean: the colour of cutout.
+    """
+    from torchvision.transforms import v2
+
+    steps = [v2.RandomHorizontalFlip()] if flip else []
+    if padding:
+        steps.append(lambda image: v2.RandomCrop(image.size[::-1], padding=padding)(image))
+    if transform:
+        steps.append(transform)
+    steps.append(v2.PILToTensor())
+    if cutout:
+        steps.append(lambda image: _cut_out(image, cutout, mean))
+    return v2.Compose(steps)
+
+
+def _cut_out(image, size, mean):
+    """`batches.cut_out` of one uint8 image (3, height, width), at a random place, with the colour `mean`."""
+    colour = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+    centre = torch.stack([torch.randint(side, (1,)) for side in image.shape[1:]], dim=1)
+    return (batches.cut_out(image[None] - colour, size, centre)[0] + colour).round().to(torch.uint8)
 
 
 def evaluation_transform(image_size, resize, interpolation='bilinear'):
@@ -109,15 +138,16 @@ def mixing(mixup_alpha, cutmix_alpha, num_classes):
 
 
 class ImageBatches:
-    """A `Folder` as normalised float batches (batch, 3, height, width) in channels_last on the device.
+    """A `Folder` or LazySplit as normalised float batches (batch, 3, height, width) in channels_last on the device.
 
-    The face is that of `data.Batches`. Iterating gives it in order, each process some of the batches, whole, so that together
-    they see each image once. `shuffled(seed, epoch)` gives it shuffled, each process its share of each batch; what is drawn for
-    an image depends on (seed, epoch, its position in the epoch) alone: on no number of workers or processes, and not on `first`.
+    Used as `batches.Batches` is. Iterating gives it in order, each process some of the batches, whole, so that together they
+    see each image once. `shuffled(seed, epoch, first)` gives it shuffled, each process its part of each batch; what is drawn
+    for an image depends on (seed, epoch, its position in the epoch) alone: on no number of workers or processes, and not on
+    `first`, the index of the first batch.
 
     mean, std: of each channel, in units of 0..255. transform: a function of a PIL image that gives a uint8 tensor
-    (3, height, width), always of the same size. workers: the number of processes that read; 0: this one does.
-    mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's number) alone.
+    (3, height, width), always of the same size. workers: how many processes read; 0: this one does.
+    mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's index) alone.
 
     Files that cannot be read are left out, and are in `skipped` (path -> reason) then; UserError instead if `strict`.
     """
@@ -131,38 +161,40 @@ class ImageBatches:
         self.augments = True  # or may do so, as nobody knows the transform
 
     def __len__(self):
-        """The number of batches of all processes together."""
+        """The batches of all processes together."""
         return -(-len(self.labels) // self.batch_size)
 
-    def images_in(self, number):
-        """How many images batch `number` has, in all processes together and with those that cannot be read."""
-        return min(self.batch_size, len(self.labels) - number * self.batch_size)
+    def images_in(self, index):
+        """How many images batch `index` has, in all processes together and with those that cannot be read."""
+        return min(self.batch_size, len(self.labels) - index * self.batch_size)
 
     def gigabytes(self):
         """What all images take as float32, in units of 2^30 bytes."""
-        with random_state_kept():
-            numbers = self.transform(Image.new('RGB', (32, 32))).numel()
-        return 4 * numbers * len(self.labels) / 2 ** 30
+        with batches.random_state_kept():
+            size = self.transform(self.folder.blank()).numel()
+        return 4 * size * len(self.labels) / 2 ** 30
 
     def __iter__(self):
+        """Batches without a readable image are left out."""
         images = len(self.labels)
-        batches = [slice(begin, min(begin + self.batch_size, images)) for begin in range(0, images, self.batch_size)]
-        mine = batches[distributed.rank()::distributed.world_size()]
-        return self._loaded(DecodedBatches(self.folder, torch.arange(images), mine, self.transform, seeds=(0, 0)))
+        slices = [slice(start, min(start + self.batch_size, images)) for start in range(0, images, self.batch_size)]
+        local = slices[distributed.rank()::distributed.world_size()]
+        decoded = DecodedBatches(self.folder, torch.arange(images), local, self.transform, seeds=(0, 0))
+        return (batch for batch in self._loaded(decoded) if len(batch[1]))
 
     def shuffled(self, seed, epoch, first=0):
-        """This process's share, perhaps an empty one, of each batch from number `first` on."""
+        """This process's part, perhaps an empty one, of each batch from index `first` on."""
         images = len(self.labels)
-        order = torch.randperm(images, generator=data.seeded_generator(seed, epoch))
-        shares = distributed.shares(images, self.batch_size, first)
-        return self._loaded(DecodedBatches(self.folder, order, shares, self.transform, (seed, epoch), self.mix, first))
+        order = torch.randperm(images, generator=batches.seeded_generator(seed, epoch))
+        local = distributed.local_slices(images, self.batch_size, first)
+        return self._loaded(DecodedBatches(self.folder, order, local, self.transform, (seed, epoch), self.mix, first))
 
-    def _loaded(self, batches):
-        workers = min(self.workers, len(batches))
-        processes = {'num_workers': workers, 'worker_init_fn': data._ignore_signals,
+    def _loaded(self, decoded):
+        workers = min(self.workers, len(decoded))
+        processes = {'num_workers': workers, 'worker_init_fn': batches.ignore_signals,
                      'multiprocessing_context': 'fork' if sys.platform == 'linux' else None} if workers else {}
-        loader = torch.utils.data.DataLoader(batches, batch_size=None, pin_memory=self.device.type == 'cuda',
-                                             generator=data.seeded_generator(*batches.seeds), **processes)
+        loader = torch.utils.data.DataLoader(decoded, batch_size=None, pin_memory=self.device.type == 'cuda',
+                                             generator=batches.seeded_generator(*decoded.seeds), **processes)
         for images, targets, failures in loader:
             self.skipped.update(failures)
             if failures and self.strict:
@@ -172,15 +204,15 @@ class ImageBatches:
             yield self.normalise(images), targets.to(self.device, non_blocking=True)
 
     def normalise(self, images):
-        """uint8, or mixed and so float, (batch, 3, height, width) in 0..255 -> float, normalised, in channels_last."""
+        """uint8, or float if mixed, (batch, 3, height, width) in 0..255 -> float, normalised, in channels_last."""
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
 
 
 class DecodedBatches(torch.utils.data.Dataset):
-    """Of each slice of `order`: images uint8 (batch, 3, height, width), labels int64 (batch,), list of (path, reason) not read.
+    """Of each slice of `order`: images uint8 (batch, 3, height, width), labels int64 (batch,), (path, reason) of failures.
 
-    With `mix` images and targets are what it gives of them. `first` is the number of the first batch.
+    With `mix`, images and targets are what it makes of them. first: the index of the first batch.
     """
 
     def __init__(self, folder, order, slices, transform, seeds, mix=None, first=0):
@@ -192,34 +224,40 @@ class DecodedBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         images, labels, failures, part = [], [], [], self.slices[item]
-        with random_state_kept(), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', module='PIL')  # odd EXIF data, a palette with transparency: it is read all the same
+        with batches.random_state_kept(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', module='PIL')  # odd EXIF data, a palette with transparency: still readable
             for position, index in enumerate(self.order[part].tolist(), part.start):
                 try:
-                    image = data.open_image(self.folder.paths[index])
+                    image = self.folder.image(index)
                 except ValueError as error:
-                    failures.append((self.folder.paths[index], str(error)))
+                    failures.append((self.folder.name(index), str(error)))
                     continue
-                data.seed_everything(self.seeds, position)
+                batches.seed_everything(self.seeds, position)
                 images.append(self.transform(image))
                 labels.append(self.folder.labels[index])
             if images:
                 images, labels = torch.stack(images), torch.stack(labels)
             else:  # of no images, but of their size
-                images, labels = self.transform(Image.new('RGB', (32, 32)))[None][:0], self.folder.labels[:0]
+                images, labels = self.transform(self.folder.blank())[None][:0], self.folder.labels[:0]
             if self.mix:
-                data.seed_everything(self.seeds, self.first + item, 1)  # the 1: not what the image of that position drew
+                batches.seed_everything(self.seeds, self.first + item, 1)  # the 1: not what the image of that position drew
                 images, labels = self.mix(images.float(), labels)
         return images, labels, failures
 
 
-@contextlib.contextmanager
-def random_state_kept():
-    """The program's random state is after the block what it was before: without workers it is the main process that draws."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+def report_skipped(batches_of, path=None):
+    """Print which images of these {part: batches} could not be read, in any process; `path` lists them, with earlier ones."""
+    skipped = {}
+    for part in batches_of.values():
+        for process in distributed.all_gather(getattr(part, 'skipped', {})):
+            skipped.update(process)
+    if path and distributed.is_first() and os.path.exists(path):
+        with open(path) as file:
+            skipped = dict(line.rstrip('\n').split('\t', 1) for line in file) | skipped
+    if skipped and distributed.is_first():
+        image, reason = min(skipped.items())
+        print(f'skipped {len(skipped)} image{"s" * (len(skipped) > 1)} that cannot be read: {image} ({reason})'
+              + (' and others' if len(skipped) > 1 else ''))
+        if path:
+            with replacing(path) as temporary, open(temporary, 'w') as file:
+                file.writelines(f'{image}\t{reason}\n' for image, reason in sorted(skipped.items()))

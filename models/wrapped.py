@@ -1,16 +1,15 @@
-"""A torchvision network whose last layer is a head that can be swapped."""
+"""A network of another library, such as torchvision, whose last layer becomes a head that can be swapped."""
 import torch.nn as nn
 
 from models.base import ImageClassifier, WithAuxiliary
 
 
 class TorchvisionClassifier(ImageClassifier):
-    """`backbone`, a torchvision classification network, whose linear layer `last` (a name) has its place taken by `head`.
+    """`backbone`, a classification network, whose linear layer `last` (a name) is replaced by `head`.
 
     classifier: (in_features, num_classes) -> head; nn.Linear stands for the layer that is there.
     auxiliary_weight: of the cross-entropy of each auxiliary classifier, in a network that has any.
     """
-    regime = {0: {'weight_decay': 1e-4}}  # usual for ImageNet: He et al., CVPR 2016 (arXiv 1512.03385), section 3.4
 
     def __init__(self, backbone, last, classifier=nn.Linear, auxiliary_weight=0.0):
         super().__init__()
@@ -18,7 +17,8 @@ class TorchvisionClassifier(ImageClassifier):
         backbone.set_submodule(last, nn.Identity())
         self.backbone = backbone
         self.auxiliary_weight = auxiliary_weight
-        self.set_head(layer.in_features, layer.out_features, (lambda *_: layer) if classifier is nn.Linear else classifier)
+        keep_layer = classifier is nn.Linear
+        self.set_head(layer.in_features, layer.out_features, (lambda *_: layer) if keep_layer else classifier)
 
     def features(self, x):
         return self._run(x)[0]
@@ -30,17 +30,17 @@ class TorchvisionClassifier(ImageClassifier):
         return WithAuxiliary(outputs, auxiliary, self.auxiliary_weight) if auxiliary else outputs
 
     def _run(self, x):
-        """The features, then the logits of each auxiliary classifier: torchvision's forward returns these in training alone."""
+        """The features, then the logits of each auxiliary classifier, which torchvision's forward returns in training only."""
         outputs = self.backbone(x)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def last_layer(arch, network, num_classes):
-    """The name, in `network.named_modules()`, of the linear layer that it ends in: its last module with parameters of its own.
+    """The name, in `network.named_modules()`, of the linear layer that it ends in: its last module that holds parameters.
 
     ValueError, naming `arch`, if that is not a linear layer with num_classes outputs.
     """
-    name, layer = [(name, module) for name, module in network.named_modules() if list(module.parameters(recurse=False))][-1]
+    name, layer = [pair for pair in network.named_modules() if list(pair[1].parameters(recurse=False))][-1]
     if not isinstance(layer, nn.Linear) or layer.out_features != num_classes:
         raise ValueError(f"--arch {arch} cannot take a method's head: it does not end in a linear layer but in "
                          f'a {type(layer).__name__} ({name})')

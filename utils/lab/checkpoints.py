@@ -1,4 +1,4 @@
-"""What a checkpoint of cifar.py or imagenet.py knows: its network, ready to evaluate, and the images it was trained and tested on."""
+"""A checkpoint of cifar.py or imagenet.py, opened: its network, ready to evaluate, and the images of its run."""
 import importlib
 import os
 import zlib
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 
 import smoothout
-from utils import checkpoint, data, device as devices, training
-from utils.arguments import number
+from utils import batches as image_batches, checkpoint, datasets, device as devices, folders, methods
 from utils.errors import UserError
-from utils.landscape import Landscape
+from utils.flags import bounded
+from utils.lab.landscape import Landscape
 
 SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}  # imported when they are needed, as torchvision takes a second or more
 
 KEPT = 4  # gigabytes of images, in memory
 
 
-class Trained(NamedTuple):
+class Subject(NamedTuple):
     path: str
     script: object  # the module that trained it
     state: dict  # the checkpoint
@@ -38,17 +38,18 @@ def add_arguments(parser, modes, default_modes, precision=None):
                        help='which images; those of training augmented as in training, each once '
                        f'({default_modes if modes is None else " ".join(default_modes)})')
     group.add_argument('--no-augment', action='store_true', help='images as they are')
-    group.add_argument('--images', type=number(int, 1), metavar='N', help='at most N of each, drawn at random (all)')
-    group.add_argument('-d', '--dataset', choices=data.DATASETS, metavar='NAME', help=', '.join(data.DATASETS))
+    group.add_argument('--images', type=bounded(int, 1), metavar='N', help='at most N of each, drawn at random (all)')
+    group.add_argument('-d', '--dataset', type=datasets.dataset_name, metavar='NAME',
+                       help=f'{", ".join(datasets.DATASETS)}, or module:Class')
     group.add_argument('--data', metavar='DIR', help='where the data is')
-    group.add_argument('-j', '--workers', type=number(int, 1), metavar='N', help='threads that read images')
-    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=number(int, 1), metavar='N', help='in one pass')
+    group.add_argument('-j', '--workers', type=bounded(int, 1), metavar='N', help='threads that read images')
+    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=bounded(int, 1), metavar='N', help='in one pass')
     group = parser.add_argument_group('run')
     group.add_argument('-a', '--arch', '--model', metavar='NAME', help='not needed; refused if it is not that of the checkpoint')
     group.add_argument('--precision', choices=('fp32', 'bf16', 'fp64'), default=precision,
                        help=f'bf16: autocast ({precision or "that of the run"})')
     group.add_argument('--gpu-id', '--gpus', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
-    group.add_argument('--manualSeed', type=number(int, 0, 2 ** 32 - 1), dest='seed', default=0, metavar='N',
+    group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', default=0, metavar='N',
                        help='of all that is drawn here (0)')
     group.add_argument('-o', '--out', metavar='DIR', help='where results go (beside the checkpoint)')
 
@@ -68,17 +69,17 @@ def files_of(args, parser, at_most=None):
 
 
 def open_checkpoint(path, args, parser):
-    """A `Trained`; `args` are the flags of `add_arguments`. Whatever of these does not fit the checkpoint ends the script."""
+    """A `Subject`; `args` are the flags of `add_arguments`. A flag that does not fit the checkpoint ends the script."""
     state = checkpoint.read(path)
-    check_folder(os.path.dirname(stem(args, path)))
+    check_output_folder(os.path.dirname(stem(args, path)))
     if state['script'] not in SCRIPTS:
         raise UserError(f'{path} is a checkpoint of {state["script"]}, not of {" or ".join(SCRIPTS)}')
     script = importlib.import_module(SCRIPTS[state['script']])
-    asked = script.make_parser().parse_args([], defaults=state['args'])
+    asked = script.make_parser().parse_args([], defaults=checkpoint.inherited_flags(state))
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
         if getattr(args, name) is not None:
             if not hasattr(asked, name):
-                parser.error(f'--{name} is not used by {path}, a checkpoint of {state["script"]}')
+                parser.error(f'{parser.spelling(name)} is not used by {path}, a checkpoint of {state["script"]}')
             setattr(asked, name, getattr(args, name))
     if args.arch not in (None, state['network']['arch']):
         raise UserError(f'{path} holds the architecture {state["network"]["arch"]}, but --arch {args.arch} was given')
@@ -93,19 +94,20 @@ def open_checkpoint(path, args, parser):
     device = devices.set_up(asked)
     model = script.build(asked, state['network'])
     checkpoint.load_model(model, state, state['network'], path, to_test=True)
+    methods.detach_loss_terms(model)
     if args.no_augment:
-        if not looks_at_training and not script.input_transform(asked, model):
+        if not looks_at_training and not image_batches.input_transform(asked, model):
             parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
-        asked.no_augment, asked.cutout, asked.autoaugment = True, 0, False
-    if 'workers' in args.given and not script.uses_workers(asked, model):
-        parser.error('--workers is for --dataset folder, --autoaugment or a model with transforms of its own')
+        asked.no_augment, asked.cutout, asked.auto_augment = True, None, None
+    if 'workers' in args.given and hasattr(script, 'uses_workers') and not script.uses_workers(asked, model):
+        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of its own')
     if getattr(args, 'perturb_batch_norm', False) and not smoothout.batch_norm_parameters(model):
         parser.error(f'--perturb-batch-norm is not used by {path}, a network without BatchNorm')
     model.to(device, torch.float64 if asked.precision == 'fp64' else None, memory_format=torch.channels_last)
-    return Trained(path, script, state, asked, model.eval(), device)
+    return Subject(path, script, state, asked, model.eval(), device)
 
 
-def check_folder(folder):
+def check_output_folder(folder):
     """UserError unless files can be written to `folder`, which may not be there yet."""
     existing = folder or '.'
     while not os.path.exists(existing):
@@ -120,18 +122,20 @@ def check_alike(subjects):
     for other in others:
         if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
             raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be compared')
-        if any(one.script.input_transform(one.args, one.model) for one in (first, other)):
+        if any(image_batches.input_transform(one.args, one.model) for one in (first, other)):
             raise UserError('a network that transforms its images itself cannot be compared with another; give --no-augment')
 
 
-def images_of(trained, part, args):
+def images_of(subject, part, args):
     """The 'train', 'test' or 'val' images of a checkpoint's run in batches, the same whenever one goes over them."""
-    asked, script = trained.args, trained.script
-    split = script.load_part(asked, trained.state, part)
+    asked, script = subject.args, subject.script
+    split = script.load_part(asked, subject.state, part)
     if args.images and args.images < len(split.labels):
-        chosen = torch.randperm(len(split.labels), generator=data.seeded_generator(args.seed))[:args.images]
+        chosen = torch.randperm(len(split.labels), generator=image_batches.seeded_generator(args.seed))[:args.images]
         split = split.subset(chosen.sort().values)
-    batches = script.make_batches(asked, trained.state, part, split, script.input_transform(asked, trained.model), trained.device)
+    transforms = image_batches.input_transform(asked, subject.model)
+    own_transforms = {'transforms': transforms} if transforms else {}
+    batches = script.make_batches(asked, subject.state, part, split, subject.device, **own_transforms)
     shuffled = part == 'train' and batches.augments and not asked.no_augment
     if not (shuffled or batches.transform):
         return batches
@@ -140,7 +144,7 @@ def images_of(trained, part, args):
         known = len(getattr(batches, 'skipped', ()))
         yield from (batch for batch in (batches.shuffled(args.seed, 0) if shuffled else batches) if len(batch[1]))
         if len(getattr(batches, 'skipped', ())) > known:
-            training.report_skipped({part: batches})
+            folders.report_skipped({part: batches})
 
     # Images that are read from files are kept, where they fit, so that they are read once.
     large = hasattr(batches, 'gigabytes') and batches.gigabytes() > KEPT
@@ -186,11 +190,11 @@ def fingerprint(batches):
     return number
 
 
-def landscape(trained, batches):
-    return Landscape(trained.model, batches, trained.args.precision)
+def landscape(subject, batches):
+    return Landscape(subject.model, batches, subject.args.precision)
 
 
-def labels(paths):
+def names_of(paths):
     """A name for each checkpoint: its file and as many folders around it, at least one, as tell it from the others."""
     parts = [os.path.abspath(_bare(path)).split(os.sep) for path in paths]
     for depth in range(2, max(map(len, parts)) + 1):
@@ -202,19 +206,19 @@ def labels(paths):
 
 def stem(args, path):
     """Where results about the checkpoint at `path` go, without what tells one result from another: beside it, or into --out."""
-    return os.path.join(args.out, labels([path])[0].replace('/', '-')) if args.out else _bare(path)
+    return os.path.join(args.out, names_of([path])[0].replace('/', '-')) if args.out else _bare(path)
 
 
 def _bare(path):
     return path.removesuffix('.tar').removesuffix('.pth').removesuffix('.pt')
 
 
-def description(trained):
+def description(subject):
     """What tells this checkpoint from others, wherever it lies: its epoch, and a check sum of its weights and buffers."""
     number = 0
-    for tensor in trained.model.state_dict().values():
+    for tensor in subject.model.state_dict().values():
         number = zlib.crc32(tensor.cpu().contiguous().numpy(), number)
-    return {'epoch': trained.state['epoch'], 'crc32': number}
+    return {'epoch': subject.state['epoch'], 'crc32': number}
 
 
 def describe_images(batches):

@@ -1,0 +1,250 @@
+"""Images in memory: held on the device as uint8, shuffled, cropped, flipped and normalised there a batch at a time."""
+import contextlib
+import random
+import signal
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from utils import distributed
+
+# torchvision is imported where it is used: it takes a second or more.
+
+
+class Split(NamedTuple):
+    """images: uint8 (N, height, width, 3). labels: int64 (N,). classes: list of names."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+    def subset(self, indices):
+        return Split(self.images[indices], self.labels[indices], self.classes)
+
+    def class_counts(self):
+        """The number of images of each class, a list."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def mean_and_std(self):
+        """Mean and standard deviation of each channel, two lists, in units of 0..255."""
+        return mean_and_std(self.images)
+
+
+def mean_and_std(images):
+    """Mean and standard deviation of each channel of uint8 images (..., 3), in units of 0..255, exact."""
+    return mean_and_std_of(pixel_histogram(images))
+
+
+def pixel_histogram(images):
+    """float64 (3, 256): how often each value occurs in each channel of uint8 images (..., 3)."""
+    return torch.stack([torch.bincount(images[..., channel].flatten(), minlength=256).double() for channel in range(3)])
+
+
+def mean_and_std_of(histogram):
+    """As `mean_and_std`, from a `pixel_histogram`."""
+    values = torch.arange(256, dtype=torch.float64)
+    mean, std = [], []
+    for counts in histogram:
+        share = counts / counts.sum()
+        mean.append((share * values).sum().item())
+        std.append(max((share * (values - mean[-1]) ** 2).sum().sqrt().item(), 1.0))  # a channel may be constant
+    return mean, std
+
+
+def seeded_generator(*numbers, device='cpu'):
+    """A generator whose stream depends on all of the numbers: the run's seed, the epoch, ..."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+class Batches:
+    """A split on the device, as normalised float batches in channels_last.
+
+    Iterating gives it in order and as it is. `shuffled(seed, epoch, first)` gives it shuffled, cropped at random after
+    padding by `padding` black pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to the
+    mean colour, from batch `first` on; a batch depends on (seed, epoch, its index) alone, and is the same on every device.
+
+    Among several processes `shuffled` gives each process its part of every batch, perhaps an empty one, and iterating gives
+    it some of the batches, whole; len() counts them all.
+
+    transform: a function of a PIL image, cropped and mirrored, that gives a PIL image, or a float tensor (3, height, width)
+    that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in order.
+    """
+
+    def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None, workers=1):
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.num_classes, self.class_counts = len(split.classes), split.class_counts()
+        self.images, self.labels = split.images.to('cpu' if transform else device), split.labels.to(device)
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
+        self.padding, self.flip, self.cutout, self.transform, self.workers = padding, flip, cutout, transform, workers
+        self.augments = bool(padding or flip or cutout or transform)  # in `shuffled`; or may do so, as nobody knows a transform
+
+    def __len__(self):
+        return -(-len(self.labels) // self.batch_size)
+
+    def images_in(self, index):
+        """How many images batch `index` has, in all processes together."""
+        return min(self.batch_size, len(self.labels) - index * self.batch_size)
+
+    def __iter__(self):
+        count, local = len(self.labels), slice(distributed.rank(), None, distributed.world_size())
+        images = self.images.split(self.batch_size)[local]
+        if self.transform:
+            centre, unmirrored = torch.full((count, 2), self.padding), torch.zeros(count, dtype=torch.bool)
+            positions = [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)][local]
+            images = self._moved((torch.arange(count), centre, unmirrored), positions, seeds=(0, 0))
+        for batch, labels in zip(images, self.labels.split(self.batch_size)[local]):
+            yield self.normalise(batch), labels
+
+    def shuffled(self, seed, epoch, first=0):
+        generator = seeded_generator(seed, epoch)
+        count, height, width, _ = self.images.shape
+        order = torch.randperm(count, generator=generator)
+        offsets = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
+        holes = torch.stack([torch.randint(side, (count,), generator=generator) for side in (height, width)], dim=1)
+        positions = distributed.local_slices(count, self.batch_size, first)
+        images = self._moved((order, offsets, mirrored), positions, seeds=(seed, epoch))
+        labels, holes = self.labels[order.to(self.device)], holes.to(self.device)
+        for batch, position in zip(images, positions):
+            batch = self.normalise(batch)
+            yield (cut_out(batch, self.cutout, holes[position]) if self.cutout else batch), labels[position]
+
+    def _moved(self, draws, positions, seeds):
+        """Batches of images, cropped and mirrored as `crop_and_flip` says, and through the transform if there is one.
+
+        draws: for each image in the order of the epoch its index, its offset and whether it is mirrored. positions: a slice of
+        that order for each batch.
+        """
+        order, offsets, mirrored = (draw.to(self.images.device) for draw in draws)
+        if not self.transform:
+            return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part]) for part in positions)
+        return torch.utils.data.DataLoader(
+            TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform, seeds),
+            batch_size=None, num_workers=self.workers,
+            multiprocessing_context='fork' if sys.platform == 'linux' else None,  # so that a transform may be a lambda
+            worker_init_fn=ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
+
+    def normalise(self, images):
+        """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in channels_last; float images stay as they are."""
+        images = images.to(self.device, non_blocking=True)
+        if images.is_floating_point():
+            return images.contiguous(memory_format=torch.channels_last)
+        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class TransformedBatches(torch.utils.data.Dataset):
+    """The batches at `positions` of `draws`, as for `Batches._moved`, then image by image through `transform`.
+
+    Whatever the transform draws from, be it torch, random or NumPy, is seeded for each image, by its position.
+    """
+
+    def __init__(self, images, padding, draws, positions, transform, seeds):
+        self.images, self.padding, self.draws, self.positions = images, padding, draws, positions
+        self.transform, self.seeds = transform, seeds
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __getitem__(self, index):
+        part = self.positions[index]
+        chosen, offset, mirror = (draw[part] for draw in self.draws)
+        images = crop_and_flip(self.images[chosen], self.padding, offset, mirror)
+        result = [self._transformed(image, position) for position, image in enumerate(images.numpy(), part.start)]
+        return torch.stack(result) if result else images
+
+    def _transformed(self, image, position):
+        seed_everything(self.seeds, position)
+        return _as_tensor(self.transform(Image.fromarray(image)))
+
+
+def seed_everything(seeds, *key):
+    """Seed whatever a transform draws from: torch, random and NumPy."""
+    state = np.random.SeedSequence(seeds, spawn_key=key).generate_state(3)
+    torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed seeds all devices, which takes far longer
+    random.seed(int(state[1]))
+    np.random.seed(state[2])
+
+
+@contextlib.contextmanager
+def random_state_kept():
+    """The program's random state is after the block what it was before: without workers it is the main process that draws."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def _as_tensor(image):
+    return torch.from_numpy(np.array(image.convert('RGB'))) if isinstance(image, Image.Image) else image
+
+
+def ignore_signals(worker):
+    """For a worker: Ctrl-C reaches every process of a terminal, and the main one stops the workers in good order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def auto_augment(name, transforms=None, **options):
+    """A transform of PIL images.
+
+    name: 'imagenet', 'cifar10' or 'svhn' for the policy of AutoAugment that was learned there (Cubuk et al., CVPR 2019,
+    arXiv 1805.09501), 'randaugment' (Cubuk et al., arXiv 1909.13719), 'trivialaugment' (Mueller and Hutter,
+    arXiv 2103.10158) or 'augmix' (Hendrycks et al., arXiv 1912.02781).
+    transforms: torchvision.transforms (None) or torchvision.transforms.v2, which draw differently.
+    options: fill, interpolation.
+    """
+    if transforms is None:
+        from torchvision import transforms
+    kinds = {'randaugment': transforms.RandAugment, 'trivialaugment': transforms.TrivialAugmentWide,
+             'augmix': transforms.AugMix}
+    if name in kinds:
+        return kinds[name](**options)
+    return transforms.AutoAugment(transforms.AutoAugmentPolicy(name), **options)
+
+
+AUTO_AUGMENTS = ('autoaugment', 'imagenet', 'cifar10', 'svhn', 'randaugment', 'trivialaugment', 'augmix')
+
+
+def add_auto_augment(group, policies):
+    """--auto-augment. policies: what 'autoaugment' stands for, in words."""
+    group.add_argument('--auto-augment', nargs='?', choices=AUTO_AUGMENTS, const='autoaugment', metavar='NAME',
+                       help=f'also {", ".join(AUTO_AUGMENTS)} (without NAME autoaugment: the policy of {policies})')
+
+
+def input_transform(args, model):
+    """The model's own transforms of images, if it has some and no flag about augmentation is given; else {}."""
+    return (not (args.no_augment or getattr(args, 'cutout', None) or args.auto_augment) and model.input_transform) or {}
+
+
+def cut_out(images, size, centre):
+    """Set a square to 0, which is the mean colour after normalising (DeVries and Taylor, arXiv 1708.04552), in place.
+
+    images: float (batch, channels, height, width). size: side of the square in pixels; what is outside of the image is lost.
+    centre: (batch, 2), row and column.
+    """
+    inside = []
+    for axis in (0, 1):
+        start = centre[:, axis, None] - size // 2
+        position = torch.arange(images.shape[2 + axis], device=images.device)
+        inside.append((start <= position) & (position < start + size))
+    return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+
+def crop_and_flip(images, padding, offset, mirror):
+    """Pad, cut the original size back out at each image's own place, then mirror those that are to be mirrored.
+
+    images: uint8 (batch, height, width, channels). offset: (batch, 2), row and column in 0..2*padding.
+    mirror: bool (batch,).
+    """
+    batch, height, width, _ = images.shape
+    steps = torch.arange(max(height, width), device=images.device)
+    rows = offset[:, :1] + steps[:height]
+    columns = offset[:, 1:] + torch.where(mirror[:, None], width - 1 - steps[:width], steps[:width])
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    return padded[torch.arange(batch, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -1,0 +1,233 @@
+"""The command line: argparse with the habits that all scripts share, the flags of both scripts, and what each flag means."""
+import argparse
+import math
+import re
+import sys
+from typing import NamedTuple
+
+from utils import distributed
+
+
+class Meaning(NamedTuple):
+    """What a flag means beyond its effect.
+
+    result: it changes what is computed, so that compare.py tells runs apart by it.
+    resume: START  it is about one start of the script; a resumed run does not inherit it
+            FREE   it may change when a run is resumed, also by --resume auto
+            ASKED  it may change with --resume FILE; --resume auto refuses to change it
+            NEVER  it cannot change
+            MODEL  it describes the network, which must be that of the checkpoint
+            BEGIN  it says where a new run begins, so a resumed run refuses it
+    evaluate: --evaluate uses it.
+    """
+    result: bool
+    resume: str
+    evaluate: bool
+
+
+START, FREE, ASKED, NEVER, MODEL, BEGIN = 'start', 'free', 'asked', 'never', 'model', 'begin'
+
+# Every flag of cifar.py and imagenet.py by its name in `args`. A flag of a method needs no line: it is (True, ASKED, False).
+FLAGS = {name: Meaning(*meaning) for name, *meaning in (
+    # flag               changes the result   on resume   used by --evaluate
+    # data
+    ('dataset',          True,                ASKED,      True),
+    ('data',             True,                FREE,       True),  # compare.py ignores it where the data set has a name
+    ('workers',          False,               FREE,       True),
+    ('image_size',       True,                ASKED,      True),
+    ('resize',           True,                ASKED,      True),
+    ('strict',           False,               ASKED,      True),
+    ('val_split',        True,                NEVER,      False),
+    ('imbalance',        True,                NEVER,      False),
+    ('imbalance_factor', True,                NEVER,      False),
+    ('imbalance_seed',   True,                NEVER,      False),
+    ('train_fraction',   True,                NEVER,      False),
+    ('label_noise',      True,                NEVER,      False),
+    # augmentation
+    ('no_augment',       True,                ASKED,      False),
+    ('cutout',           True,                ASKED,      False),
+    ('auto_augment',     True,                ASKED,      False),
+    ('random_erase',     True,                ASKED,      False),
+    ('mixup',            True,                ASKED,      False),
+    ('cutmix',           True,                ASKED,      False),
+    # model
+    ('arch',             True,                MODEL,      True),
+    ('depth',            True,                MODEL,      True),
+    ('block_name',       True,                MODEL,      True),
+    ('cardinality',      True,                MODEL,      True),
+    ('widen_factor',     True,                MODEL,      True),
+    ('growth_rate',      True,                MODEL,      True),
+    ('compression_rate', True,                MODEL,      True),
+    ('drop_rate',        True,                MODEL,      True),
+    ('alpha',            True,                MODEL,      True),
+    ('base_width',       True,                MODEL,      True),
+    ('pretrained',       True,                BEGIN,      True),
+    ('init',             True,                BEGIN,      False),
+    # training
+    ('train_batch',      True,                ASKED,      False),
+    ('mini_batch',       True,                ASKED,      False),
+    ('batch_multiplier', True,                ASKED,      False),
+    ('test_batch',       False,               FREE,       True),
+    ('epochs',           True,                FREE,       False),
+    ('start_epoch',      True,                BEGIN,      False),
+    ('optimizer',        True,                ASKED,      False),  # the checkpoint has the state of one class
+    ('lr',               True,                ASKED,      False),
+    ('lr_schedule',      True,                ASKED,      False),
+    ('schedule',         True,                ASKED,      False),
+    ('lr_step_size',     True,                ASKED,      False),
+    ('gamma',            True,                ASKED,      False),
+    ('warmup',           True,                ASKED,      False),
+    ('momentum',         True,                ASKED,      False),
+    ('nesterov',         True,                ASKED,      False),
+    ('weight_decay',     True,                ASKED,      False),
+    ('base_batch',       True,                ASKED,      False),
+    ('lr_scaling',       True,                ASKED,      False),
+    ('epoch_scaling',    True,                ASKED,      False),
+    ('clip_norm',        True,                ASKED,      False),
+    ('label_smoothing',  True,                ASKED,      False),
+    ('ema',              True,                ASKED,      False),
+    # method
+    ('method',           True,                ASKED,      False),
+    ('coef',             False,               START,      False),  # short for a method's own flag, which has the value
+    # run
+    ('checkpoint',       False,               START,      False),
+    ('overwrite',        False,               START,      False),
+    ('resume',           False,               START,      True),
+    ('checkpoint_every', False,               START,      False),
+    ('evaluate',         False,               START,      True),
+    ('seed',             False,               NEVER,      False),
+    ('deterministic',    False,               ASKED,      True),
+    ('precision',        True,                ASKED,      True),
+    ('compile',          True,                ASKED,      False),
+    ('gpu_id',           False,               START,      True),
+)}
+
+
+def meaning(name):
+    """The `Meaning` of a flag by its name in `args`."""
+    return FLAGS.get(name, Meaning(True, ASKED, False))
+
+
+def with_todays_names(values):
+    """Flags (name -> value) of a checkpoint or args.json, with names of earlier versions replaced."""
+    values = dict(values)
+    if 'autoaugment' in values and 'auto_augment' not in values:
+        values['auto_augment'] = 'autoaugment' if values['autoaugment'] else None
+    values.pop('autoaugment', None)
+    return values
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one sentence; flags are read without regard to case, `-` and `_`: `--train_batch`, `--manual-seed`.
+
+    After `parse_args` the namespace has `given`: the set of names that the command line set.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+        # So that -1:0.1:2 is a value too; no flag here begins with a digit.
+        self._negative_number_matcher = re.compile(r'-\.?\d')
+
+    def parse_args(self, args=None, defaults=None):
+        """`defaults` (name -> value) of a checkpoint replace the declared defaults where the parser knows the name."""
+        words = self._canonical(sys.argv[1:] if args is None else args)
+        declared = {action.dest: action.default for action in self._actions if action.default is not argparse.SUPPRESS}
+        unset = object()
+        read = vars(super().parse_intermixed_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
+        given = {name: value for name, value in read.items() if value is not unset}
+        inherited = {name: value for name, value in (defaults or {}).items() if name in declared}
+        for action in self._actions:
+            if action.dest in inherited.keys() - given.keys():
+                self._check_inherited(action, inherited[action.dest])
+        return argparse.Namespace(**{**declared, **inherited, **given}, given=set(given))
+
+    def _check_inherited(self, action, value):
+        for one in value if isinstance(value, list) else [value]:
+            if action.choices and one is not None and one not in action.choices:
+                self.error(f'{self.spelling(action.dest)} {one} of the checkpoint is not known here; '
+                           f'there are {", ".join(map(str, action.choices))}')
+            if action.type and isinstance(one, str):
+                try:
+                    action.type(one)
+                except (argparse.ArgumentTypeError, ValueError) as error:
+                    self.error(f'{self.spelling(action.dest)} of the checkpoint: {error}')
+
+    def names(self):
+        """The names in `args` of all flags."""
+        return {action.dest for action in self._actions}
+
+    def spelling(self, name):
+        """The flag, such as --manualSeed, of a name in `args`, such as seed."""
+        words = next((action.option_strings for action in self._actions if action.dest == name), ())
+        return next((word for word in words if word.startswith('--')), f'--{name.replace("_", "-")}')
+
+    def _canonical(self, words):
+        known = {_bare(flag): flag for flag in self._option_string_actions if flag.startswith('--')}
+        result = []
+        for word in words:
+            flag, equals, value = word.partition('=')
+            result.append(known.get(_bare(flag), flag) + equals + value if word.startswith('--') else word)
+        return result
+
+    def error(self, message):
+        distributed.pause_unless_first()
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=110)
+
+
+def _bare(flag):
+    return flag.lower().replace('-', '').replace('_', '')
+
+
+def bounded(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float in [low, high], or in (low, high] with above=True."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high or value == math.inf:
+            what = 'a whole number' if kind is int else 'a number'
+            bounds = f'{"above" if above else "of at least"} {low}'
+            bounds += '' if high == math.inf else f' and at most {high}'
+            raise argparse.ArgumentTypeError(f'must be {what} {bounds}, was given {text}')
+        return value
+    return convert
+
+
+def add_training_arguments(group, train_batch, test_batch):
+    """train_batch, test_batch: the defaults."""
+    group.add_argument('--train-batch', type=bounded(int, 1), default=train_batch, metavar='N',
+                       help=f'images of a batch, all processes together ({train_batch})')
+    group.add_argument('--mini-batch', type=bounded(int, 1), metavar='N',
+                       help='ghost batches of N: pass each batch in parts with BatchNorm statistics (and noise) of their own')
+    group.add_argument('--batch-multiplier', type=bounded(int, 1), default=1, metavar='N',
+                       help='step along the mean gradient of N batches (1)')
+    group.add_argument('--test-batch', type=bounded(int, 1), default=test_batch, metavar='N', help=f'({test_batch})')
+    group.add_argument('--clip-norm', type=bounded(float, 0, above=True), metavar='NORM', help='largest norm of the gradient')
+    group.add_argument('--label-smoothing', type=bounded(float, 0, 1), default=0.0, metavar='S',
+                       help='spread this part of each target over all classes (0)')
+    group.add_argument('--ema', type=bounded(float, 0, 0.999999999, above=True), metavar='DECAY',
+                       help='test an exponential moving average of the weights, such as 0.999 at every step')
+
+
+def add_run_arguments(group, folder):
+    """folder: how the default of --checkpoint is named."""
+    group.add_argument('-c', '--checkpoint', metavar='DIR', help=f'results ({folder})')
+    group.add_argument('--overwrite', action='store_true', help='replace the run in that folder')
+    group.add_argument('--resume', metavar='FILE',
+                       help='resume from a checkpoint, with its flags unless given here; "auto": from the checkpoint in the '
+                       'run\'s folder, if there is one')
+    group.add_argument('--init', metavar='FILE',
+                       help='begin with the weights of a checkpoint, or of a state_dict, where names and shapes fit')
+    group.add_argument('--checkpoint-every', type=bounded(int, 1), metavar='N', help='also within an epoch, every N batches')
+    group.add_argument('-e', '--evaluate', action='store_true', help='only test the checkpoint of --resume')
+    group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', metavar='N', help='(drawn and printed)')
+    group.add_argument('--deterministic', action='store_true', help='same seed, same bits')
+    group.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32', help='bf16: autocast (fp32)')
+    group.add_argument('--compile', action='store_true', help='torch.compile the model')
+    group.add_argument('--gpu-id', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')

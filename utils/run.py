@@ -1,0 +1,290 @@
+"""A training run: all that is not the experiment. Its folder, log, checkpoints, progress, what is said when it stops."""
+import functools
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models.base import count_parameters
+from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, schedule
+from utils.bar import ProgressLine
+from utils.errors import Stopped, UserError
+from utils.eval import Meter, metrics_line, quantities
+from utils.files import write_json
+from utils.logger import Logger, plot_log, read_log, read_rows
+from utils.parts import Batch, check_parts, single_image_explained
+
+
+class Run:
+    """One training run, from where `state` is to the last epoch.
+
+        with Run(args, state, model, optimizer, batches) as run:
+            for epoch in run.epochs():
+                for step, batch in run.steps(epoch):
+                    ...                                              # a step of the optimizer
+                    run.meter.update(logits, batch.targets, loss)
+                run.end_epoch(epoch, trained, tested)
+            run.report(test)
+
+    args: the flags, validated and filled in. state: a checkpoint, or the beginning of one with 'script', 'epoch', 'network',
+    'classes', 'mean' and 'std'. batches: {'train': ..., 'test': ...} and perhaps 'val', as `Batches` or `ImageBatches`.
+
+    network           the model to train: compiled with --compile, in DistributedDataParallel among several processes
+    to_test           the model to test: with --ema the moving average of the weights
+    selection         the split that chooses the best epoch: 'val' if there is one, else 'test'
+    steps_per_epoch   batches in an epoch, of all processes together
+    meter             the `Meter` of the epoch that `steps` runs through
+
+    Nothing is written before the `with` block is entered. Leaving it on SIGINT or SIGTERM says how to resume.
+    """
+
+    def __init__(self, args, state, model, optimizer, batches):
+        self.args, self.state, self.model, self.optimizer, self.batches = args, state, model, optimizer, batches
+        self.selection = 'val' if 'val' in batches else 'test'
+        self.steps_per_epoch = len(batches['train'])
+        self.average = moving_average(args, state, model, optimizer)
+        compiled = torch.compile(model) if args.compile else model
+        self.network = distributed.data_parallel(compiled)
+        self.to_test = self.average.module if self.average else compiled
+        self.in_folder = functools.partial(os.path.join, args.checkpoint)
+        self.meter = self.bar = self.logger = None
+        self.seconds = 0.0  # of training in the epoch that is running or has just run
+
+    def __enter__(self):
+        args, state = self.args, self.state
+        checkpoint.begin_random_state(state, args.seed)
+        state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
+        names = quantities(state['network']['num_classes'])
+        columns = ['Epoch', 'Learning Rate', *(f'{part} {name}' for part in ('Train', self.selection.title())
+                                               for name in names), 'Seconds']
+        old_log = os.path.join(os.path.dirname(args.resume), 'log.txt') if args.resume else None
+        old_rows = read_rows(old_log, columns, state['epoch'])
+        distributed.barrier()
+        state.setdefault('best', {'top1': -1.0, 'epoch': 0})
+        if distributed.is_first():
+            checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite, finished=state['epoch'] >= args.epochs)
+            self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
+            write_json(self.in_folder('args.json'), self._described())
+            if not os.path.exists(self.in_folder(checkpoint.BEST)):
+                state['best'] = {'top1': -1.0, 'epoch': 0}
+        state['best'] = distributed.broadcast(state['best'])
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.bar:
+            self.bar.finish()
+        if isinstance(error, RuntimeError) and 'killed by signal: Terminated' in str(error):
+            raise self._with_sentence(Stopped(signal.SIGTERM)) from error  # a process that reads images got it first
+        if isinstance(error, ValueError):
+            with single_image_explained(self.args, len(self.batches['train'].labels)):
+                raise error
+        if isinstance(error, Stopped):
+            self._with_sentence(error)
+
+    def epochs(self):
+        """The indices of the epochs that are left, from 0."""
+        if not self.state.get('step'):
+            self.save(checkpoint.LAST)  # a run that is interrupted in its first epoch can be resumed too
+        yield from range(self.state['epoch'], self.args.epochs)
+
+    def steps(self, epoch):
+        """(step, `Batch`) of the batches of an epoch that are left; the step counts from the beginning of training.
+
+        Counts time, shows progress, writes the checkpoints of --checkpoint-every. Raises UserError for a loss that is not
+        finite, here or in another process, at the latest after the last batch.
+        """
+        args, batches, resumed = self.args, self.batches['train'], self.state.get('step', 0)
+        self.meter = Meter(self.steps_per_epoch, batches.num_classes, batches.device)
+        if resumed:
+            self.meter.load(self.state['meter'], local=distributed.is_first())
+        asked = time.perf_counter()
+        began = asked - self.state.get('seconds', 0.0)
+        self.state.update(step=0, meter=None, seconds=0.0)  # the next epoch begins at its first batch
+        with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
+            for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
+                data_seconds = time.perf_counter() - asked
+                yield epoch * self.steps_per_epoch + index, Batch(images, targets, batches.images_in(index))
+                self.seconds, done = time.perf_counter() - began, index + 1
+                if self.bar.advance(self.meter, data_seconds):
+                    self._check_losses(self.meter, epoch)
+                if args.checkpoint_every and done % args.checkpoint_every == 0 and done < self.steps_per_epoch:
+                    whole = self.meter.of_all_processes()
+                    self._check_losses(whole, epoch)
+                    self.save(checkpoint.LAST, step=done, meter=whole.state(), seconds=self.seconds)
+                asked = time.perf_counter()
+        self.bar = None
+        self._check_losses(self.meter.of_all_processes(), epoch)
+
+    def say(self, text):
+        """Print a line above the progress bar; in the first process only."""
+        if self.bar:
+            self.bar.say(text)
+        else:
+            print(text, flush=True)
+
+    def end_epoch(self, epoch, trained, tested):
+        """Write the log, the checkpoints and the curves, and print a line.
+
+        trained, tested: what `Meter.read_all` gave in training, and in the test on the selection split.
+        """
+        part, rate = self.selection, self.learning_rate(epoch * self.steps_per_epoch)
+        folders.report_skipped(self.batches, self.in_folder('skipped.txt'))
+        if not math.isfinite(tested['Loss']):
+            raise UserError(f'the {part} loss became {tested["Loss"]} after epoch {epoch + 1}, at learning rate {rate:.4g}, '
+                            f'{self._last_good(epoch)}')
+        self.state['epoch'] = epoch + 1
+        if self.logger:
+            self.logger.append([epoch + 1, rate, *trained.values(), *tested.values(), self.seconds])
+        if tested['Top-1'] > self.state['best']['top1']:
+            self.state['best'] = {'top1': tested['Top-1'], 'epoch': epoch + 1}
+            self.save(checkpoint.BEST)
+        self.save(checkpoint.LAST)
+        if self.logger:
+            plot_log(self.in_folder('log.txt'), self.in_folder('log.png'), self.in_folder('log.pdf'))
+        self.say(f'epoch {epoch + 1}/{self.args.epochs} | lr {rate:.4g} | {metrics_line("train", trained)} '
+                 f'| {metrics_line(part, tested)} | {self.seconds:.1f} s')
+
+    def learning_rate(self, step):
+        """The rate of the optimizer's first parameter group at `step`; NaN if it has none."""
+        group = self.optimizer.param_groups[0]
+        return schedule.group_rate(group, step, self.steps_per_epoch, self.args) if 'lr' in group else math.nan
+
+    def save(self, name, step=0, meter=None, seconds=0.0):
+        """Write the checkpoint `name`. step: batches of the epoch that are done, which `meter` has counted in `seconds`."""
+        random_states = distributed.all_gather(checkpoint.random_state())
+        self.state.update(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                          random_state=random_states[0], other_random_states=random_states[1:],
+                          ema=self.average.state_dict() if self.average else None,
+                          step=step, meter=meter, seconds=seconds)
+        if distributed.is_first():
+            checkpoint.save(self.in_folder(name), self.state)
+
+    def report(self, test):
+        """The result: of the last epoch, or with --val-split of the epoch that was best on the validation images.
+
+        test: (batches, model, args, meter) -> what the meter has counted, as the function of the script.
+        """
+        best, epoch, batches = self.state['best'], self.state['epoch'], self.batches['test']
+        chosen_by_validation = self.selection == 'val'
+        if chosen_by_validation:
+            chosen = checkpoint.read(self.in_folder(checkpoint.BEST)) if distributed.is_first() else None
+            chosen = distributed.broadcast(chosen)
+            best, epoch = chosen['best'], chosen['epoch']
+            uncompiled = self.average.module if self.average else self.model
+            uncompiled.load_state_dict(checkpoint.weights_to_test(chosen))
+        predictions = metrics.Predictions(len(batches), batches.num_classes, batches.device)
+        tested = test(batches, self.to_test, self.args, predictions)
+        probabilities, targets = predictions.of_all_images()
+        if not distributed.is_first():
+            return
+        by_class, confusion = metrics.of_classes(probabilities, targets)
+        metrics.write_confusion(confusion, self.state['classes'], self.in_folder('confusion.csv'),
+                                self.in_folder('confusion.png'))
+        seconds = read_log(self.in_folder('log.txt'))['Seconds']
+        result = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in {**tested, **by_class}.items()},
+                  'best': best, 'chosen by': 'validation' if chosen_by_validation else 'last epoch',
+                  'test images': len(targets), 'parameters': count_parameters(self.model),
+                  'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
+        write_json(self.in_folder('result.json'), result)
+        note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if chosen_by_validation
+                else f'best test epoch {best["epoch"]}: {best["top1"]:.2f}%')
+        print(f'\nepoch {epoch} | {metrics_line("test", tested)} | {note}')
+        print(metrics.class_report(self.state['classes'], by_class))
+        for name, files in (('log', 'log.txt'), ('curves', 'log.png log.pdf'), ('checkpoint', checkpoint.LAST),
+                            ('best', checkpoint.BEST), ('confusion', 'confusion.csv confusion.png'),
+                            ('result', 'result.json')):
+            print(f'{name:12}', '  '.join(self.in_folder(file) for file in files.split()))
+
+    def _described(self):
+        """What args.json holds."""
+        train = self.batches['train']
+        understood = {name: value for name, value in vars(self.args).items() if name not in ('given', 'inherited', 'regime')}
+        return {**understood, 'script': self.state['script'], 'as given': self.args.inherited,
+                'network': self.state['network'], 'optimizer class': self.state['optimizer_class'],
+                'parameters': count_parameters(self.model), 'training images by class': train.class_counts,
+                'processes': distributed.world_size(), 'environment': devices.environment(train.device)}
+
+    def _check_losses(self, meter, epoch):
+        """UserError if a batch of this epoch had a loss that is not a number or infinite."""
+        bad = meter.first_bad_batch()
+        if bad:
+            rate = self.learning_rate(epoch * self.steps_per_epoch + bad[0])
+            raise UserError(f'the loss became {bad[1]} in epoch {epoch + 1}, batch {bad[0] + 1} of {self.steps_per_epoch}, '
+                            f'at learning rate {rate:.4g}, {self._last_good(epoch)}')
+
+    def _last_good(self, epoch):
+        left = 'from before that' if self.args.checkpoint_every else f'as epoch {epoch} left it'
+        return (f'so the run stops; {self.in_folder(checkpoint.LAST)} is {left}; '
+                'try a smaller --lr, a --warmup or a --clip-norm')
+
+    def _with_sentence(self, stop):
+        how = f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(checkpoint.LAST))}'
+        if distributed.active():
+            how = 'the same command and --resume auto'
+        stop.sentence = f'Stopped; the finished epochs are kept. Resume with: {how}'
+        return stop
+
+
+def validate(args, state, regime, parser):
+    """Refuse batches, schedules and methods that are invalid, and fill in what is not given. regime: the model's."""
+    # What is derived below from other flags is derived again when the run is resumed, perhaps with other flags.
+    args.inherited = {name: value for name, value in vars(args).items()
+                      if name in parser.names() and flags.meaning(name).resume != flags.START}
+    check_parts(args, parser)
+    try:
+        schedule.fill_in(args, regime, parser, methods.default_lr(args))
+        if state and not args.evaluate:
+            checkpoint.check_epochs(state, args, parser)
+        blank = torch.nn.Linear(1, 1)
+        methods.build_optimizer(args, blank, steps_per_epoch=1, parameters=blank.parameters())
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def moving_average(args, state, model, optimizer):
+    """The exponential moving average of the weights and buffers of `model` over optimizer steps, or None without --ema."""
+    if not args.ema:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    if state.get('ema'):
+        average.load_state_dict(state['ema'])
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+    return average
+
+
+def headline(args, architecture, model, device):
+    """What a run says of itself first. architecture: name -> value, of what `network` in a checkpoint holds."""
+    processes = f' | {distributed.world_size()} processes' if distributed.active() else ''
+    return (f'{", ".join(f"{name} {value}" for name, value in architecture.items())} '
+            f'| {count_parameters(model) / 1e6:.2f} million parameters | method: {" ".join(args.method) or "none"} '
+            f'| {args.precision} on {device.type} | seed {args.seed}{processes}')
+
+
+def _stop(signum, frame):
+    raise Stopped(signum)
+
+
+def run_script(main):
+    """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal number after SIGINT or SIGTERM."""
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        try:
+            main()
+        except (UserError, OSError) as error:  # an OSError, of a full disk or a folder that is read-only, names the file
+            distributed.pause_unless_first()
+            sys.exit(f'error: {error}')
+        except RuntimeError as error:
+            if not distributed.connection_lost(error):
+                raise
+            sys.exit('error: another process has ended, so this one does too')
+    except Stopped as stop:
+        if distributed.is_first():
+            print(stop.sentence, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    distributed.stop()
