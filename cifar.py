@@ -1,9 +1,8 @@
-"""Train and evaluate on small images: CIFAR-10/100, SVHN, MNIST, Fashion-MNIST, digits, a folder or a data set of your own.
+"""Train and evaluate on small images: CIFAR-10/100, SVHN, MNIST, Fashion-MNIST, digits, a folder or your own Dataset.
 
     python cifar.py --arch resnet --method dma --coef 0.5
     python cifar.py --dataset digits --arch resnet --depth 20 --epochs 10      # needs no download
 """
-import functools
 import os
 
 import torch
@@ -28,7 +27,7 @@ def make_parser():
                        help=f'{", ".join(datasets.DATASETS)}, or module:Class, a torch Dataset of your own')
     group.add_argument('--data', default='data', metavar='DIR', help='where the data is, or is downloaded to (data)')
     group.add_argument('-j', '--workers', type=bounded(int, 1), default=min(4, os.cpu_count() or 1), metavar='N',
-                       help='threads that read a folder, processes that transform single images (4, or as many as processors)')
+                       help='threads that read a folder, processes that transform single images (4, or all processors)')
     group.add_argument('--image-size', type=bounded(int, 32), default=32, metavar='N',
                        help='side of the images of a folder or of a data set of your own (32)')
     conditions.add_arguments(group)
@@ -37,14 +36,18 @@ def make_parser():
     group.add_argument('--cutout', type=bounded(int, 1), metavar='N', help='also erase a square of N pixels a side')
     image_batches.add_auto_augment(group, 'SVHN for digits, else of CIFAR-10')
     group = parser.add_argument_group('model')
-    group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME', help=', '.join(models.MODELS))
+    group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME',
+                       help=', '.join(models.MODELS))
     group.add_argument('--depth', type=bounded(int, 1), metavar='N', help='layers (each architecture has a default)')
-    group.add_argument('--block-name', choices=('BasicBlock', 'Bottleneck'), help='resnet, preresnet, densenet, pyramidnet')
+    group.add_argument('--block-name', choices=('BasicBlock', 'Bottleneck'),
+                       help='resnet, preresnet, densenet, pyramidnet')
     group.add_argument('--cardinality', type=bounded(int, 1), metavar='N', help='resnext: groups (8)')
     group.add_argument('--widen-factor', type=bounded(int, 1), metavar='N', help='resnext (4), wrn (10)')
     group.add_argument('--growthRate', type=bounded(int, 1), dest='growth_rate', metavar='N', help='densenet (12)')
-    group.add_argument('--compressionRate', type=bounded(float, 1), dest='compression_rate', metavar='N', help='densenet (2)')
-    group.add_argument('--alpha', type=bounded(int, 1), metavar='N', help='pyramidnet: channels that are added on the way (270)')
+    group.add_argument('--compressionRate', type=bounded(float, 1), dest='compression_rate', metavar='N',
+                       help='densenet (2)')
+    group.add_argument('--alpha', type=bounded(int, 1), metavar='N',
+                       help='pyramidnet: channels that are added on the way (270)')
     group.add_argument('--drop', '--dropout', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
     group = parser.add_argument_group('training')
@@ -77,7 +80,8 @@ def parse_arguments():
         parser.error(str(error))
     validate(args, state, model.regime, parser)
     if 'workers' in args.given and not uses_workers(args, model):
-        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of its own')
+        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of its '
+                     'own')
     return args, state
 
 
@@ -87,7 +91,7 @@ def arch_options(args):
 
 
 def run_folder(args):
-    """Where the results go unless --checkpoint says it; ValueError for an option that the architecture does not have."""
+    """The folder of the results by default; ValueError for an option that the architecture does not have."""
     arch = f'{args.arch}{arch_options(args).get("depth", "")}'
     return os.path.join('checkpoints', '-'.join([args.dataset.replace(':', '.'), arch, *args.method]))
 
@@ -130,7 +134,10 @@ def main():
 
 
 def fit(args, state, model, optimizer, batches):
-    """Train from where `state` is to the last epoch, then report. batches: {'train': ..., 'test': ...} and perhaps 'val'."""
+    """Train from where `state` is to the last epoch, then report.
+
+    batches: {'train': ..., 'test': ...} and, with --val-split, 'val'.
+    """
     with Run(args, state, model, optimizer, batches) as run:  # its folder; says how to resume when stopped
         criterion = methods.build_criterion(args, model)
         for epoch in run.epochs():
@@ -186,7 +193,8 @@ def build(args, architecture):
 
 
 def uses_workers(args, model):
-    return datasets.has_images_of_any_size(args.dataset) or args.auto_augment or bool(image_batches.input_transform(args, model))
+    transforms = image_batches.input_transform(args, model)
+    return datasets.has_images_of_any_size(args.dataset) or bool(args.auto_augment or transforms)
 
 
 def load_split(args, part, classes=None):
@@ -213,8 +221,7 @@ def load_batches(args, state, device, transforms):
         state['classes'] = splits['train'].classes
     splits['train'], val = conditions.apply(args, splits['train'])
     images = len(splits['train'].labels)
-    shrinking = [f'--{name.replace("_", "-")} {getattr(args, name)}' for name in conditions.SHRINKING if getattr(args, name)]
-    check_batch(args, images, f' that {" and ".join(shrinking)} leaves' if shrinking else '')
+    check_batch(args, images, conditions.left_by(args))
     print(f'{images} training images, by class: {" ".join(map(str, splits["train"].class_counts()))}'
           + (f' | {len(val.labels)} for validation' if val else ''))
 
@@ -233,17 +240,17 @@ def make_batches(args, state, part, split, device, transforms={}):
         batch_size, transform = args.train_batch * args.batch_multiplier, transforms.get('train')
         if args.auto_augment:
             name = known.policy if args.auto_augment == 'autoaugment' else args.auto_augment
-            transform = image_batches.auto_augment(name, fill=[128, 128, 128])  # grey, as in the code of the paper
+            transform = image_batches.auto_augment(name)
         move = not args.no_augment and 'train' not in transforms
         augment = {'padding': 4 if move else 0, 'flip': known.flip and move, 'cutout': args.cutout}
     if isinstance(split, own_dataset.LazySplit):
         if transforms:
-            raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its own cannot '
-                            'be trained on; give --no-augment')
+            raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its own '
+                            'cannot be trained on; give --no-augment')
         one_by_one = folders.small_image_transform(**augment, transform=transform, mean=state['mean'])
         return folders.ImageBatches(split, state['mean'], state['std'], batch_size, device, one_by_one, args.workers)
-    make = functools.partial(image_batches.Batches, split, state['mean'], state['std'], device=device, workers=args.workers)
-    return make(batch_size=batch_size, transform=transform, **augment)
+    return image_batches.Batches(split, state['mean'], state['std'], batch_size, device, transform=transform,
+                                 workers=args.workers, **augment)
 
 
 if __name__ == '__main__':

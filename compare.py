@@ -250,7 +250,8 @@ def in_order(runs, flags):
 def name_settings(settings, flags):
     """(the flags that all settings share, [those that tell each from the others])."""
     names = flags.names(settings)
-    # Where a method is not selected its flags count as their defaults, so that they show only in the rows that have others.
+    # Where a method is not selected its flags count as their defaults, so that they show only in the rows that have
+    # others.
     differing = [name for name in names if len({setting.get(name, flags.defaults.get(name)) for setting in settings}) > 1]
     alike = {name: value for setting in settings for name, value in setting.items() if name not in differing}
     shared = [name for name in names if name in ('dataset', 'arch') or alike.get(name) != flags.defaults.get(name)]

@@ -1,4 +1,4 @@
-"""Train and evaluate on folders of photographs, with torchvision's networks; under torchrun on several GPUs or machines.
+"""Train and evaluate on folders of photographs with torchvision's networks; under torchrun on several GPUs or machines.
 
     python imagenet.py --data DIR --arch resnet18 --method dma --coef 0.5
     torchrun --nproc-per-node=8 imagenet.py --data DIR --arch resnet50 --train-batch 1024 --resume auto
@@ -10,7 +10,8 @@ import os
 import torch
 
 from models import imagenet as models
-from utils import batches as image_batches, checkpoint, device as devices, distributed, flags, folders, methods, schedule
+from utils import batches as image_batches, checkpoint, device as devices, distributed, flags, folders
+from utils import methods, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError, one_line
@@ -21,16 +22,19 @@ from utils.run import Run, headline, run_script, validate
 
 
 def make_parser():
-    parser = flags.Parser(prog='imagenet.py', usage='python imagenet.py --data DIR --arch resnet18 --method dma --coef 0.5 [flags]',
+    parser = flags.Parser(prog='imagenet.py',
+                          usage='python imagenet.py --data DIR --arch resnet18 --method dma --coef 0.5 [flags]',
                           description="Train and evaluate torchvision's image classifiers on folders of images.")
     group = parser.add_argument_group('data')
     group.add_argument('-d', '--data', metavar='DIR', help='with DIR/train/CLASS/* and DIR/val/CLASS/*')
     group.add_argument('-j', '--workers', type=bounded(int, 0), default=min(8, os.cpu_count() or 1), metavar='N',
                        help='processes that read images, of each training process (8, or as many as processors)')
-    group.add_argument('--image-size', type=bounded(int, 1), metavar='N', help='side of the images (224, or as the network needs)')
+    group.add_argument('--image-size', type=bounded(int, 1), metavar='N',
+                       help='side of the images (224, or as the network needs)')
     group.add_argument('--resize', type=bounded(int, 1), metavar='N',
                        help='test on the centre of what has N pixels on its shorter side (8/7 of --image-size)')
-    group.add_argument('--strict', action='store_true', help='refuse images that cannot be read, instead of skipping them')
+    group.add_argument('--strict', action='store_true',
+                       help='refuse images that cannot be read, instead of skipping them')
     group = parser.add_argument_group('augmentation: by default crops of random size, and mirroring')
     group.add_argument('--no-augment', action='store_true', help='images as in a test')
     image_batches.add_auto_augment(group, 'ImageNet')
@@ -38,13 +42,15 @@ def make_parser():
                        help='erase a rectangle of this part of the images (0)')
     group.add_argument('--mixup', type=bounded(float, 0), default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
     group.add_argument('--cutmix', type=bounded(float, 0), default=0.0, metavar='ALPHA',
-                       help='put a rectangle of one image into another; with --mixup, for each batch one of the two (0)')
+                       help='put a rectangle of one image into another; with --mixup, each batch one of the two (0)')
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet18', choices=models.MODELS, metavar='NAME',
-                       help="any of torchvision's classification models that ends in a linear layer, resnext50, resnext101 (resnet18)")
+                       help="any of torchvision's classification models that ends in a linear layer, resnext50, "
+                       'resnext101 (resnet18)')
     group.add_argument('--pretrained', action='store_true', help="begin with torchvision's weights")
     group.add_argument('--cardinality', type=bounded(int, 1), metavar='N', help='resnext50, resnext101: groups (32)')
-    group.add_argument('--base-width', type=bounded(int, 1), metavar='N', help='resnext50, resnext101: channels of a group (4)')
+    group.add_argument('--base-width', type=bounded(int, 1), metavar='N',
+                       help='resnext50, resnext101: channels of a group (4)')
     group = parser.add_argument_group('training')
     schedule.add_arguments(group)
     flags.add_training_arguments(group, train_batch=256, test_batch=256)
@@ -67,7 +73,8 @@ def parse_arguments():
             parser.error(f'--no-augment and {parser.spelling(name)} exclude each other')
     methods.check_arguments(args, parser)
     try:
-        args.arch_options = models.resolve_options(args.arch, {name: getattr(args, name) for name in models.OPTION_FLAGS})
+        options = {name: getattr(args, name) for name in models.OPTION_FLAGS}
+        args.arch_options = models.resolve_options(args.arch, options)
         size = preset(args)['size']
     except ValueError as error:
         parser.error(str(error))
@@ -204,7 +211,8 @@ def build(args, architecture, pretrained=False):
     except RuntimeError as error:
         if not pretrained:
             raise
-        raise UserError(f'the weights of {args.arch} could not be downloaded whole ({one_line(error)[:200]})') from error
+        reason = one_line(error)[:200]
+        raise UserError(f'the weights of {args.arch} could not be downloaded whole ({reason})') from error
 
 
 def load_part(args, state, part):
@@ -215,15 +223,15 @@ def load_part(args, state, part):
 
 
 def check_classes(args, state, classes):
-    """UserError unless the classes are those of the checkpoint, or with --evaluate --pretrained as many as the weights know."""
+    """UserError unless the checkpoint has these classes, or with --evaluate --pretrained the weights as many."""
     if state and state['classes'] != classes:
         raise UserError(f'{args.resume} knows the classes {" ".join(state["classes"][:10])}, but {args.data} has '
                         f'{" ".join(classes[:10])}')
     if args.evaluate and not state:
         known = len(models.default_weights(args.arch).meta['categories'])
         if known != len(classes):
-            raise UserError(f"--evaluate --pretrained tests torchvision's weights of {args.arch}, which know {known} classes, but "
-                            f'{args.data} has {len(classes)}')
+            raise UserError(f"--evaluate --pretrained tests torchvision's weights of {args.arch}, which know {known} classes, "
+                            f'but {args.data} has {len(classes)}')
 
 
 def make_batches(args, state, part, folder, device):
@@ -236,7 +244,8 @@ def make_batches(args, state, part, folder, device):
         batch_size = args.train_batch * args.batch_multiplier
         mix = folders.mixing(args.mixup, args.cutmix, len(folder.classes))
         if not args.no_augment:
-            transform = folders.training_transform(how['size'], args.auto_augment, how['interpolation'], args.random_erase, mean)
+            transform = folders.training_transform(how['size'], args.auto_augment, how['interpolation'],
+                                                   args.random_erase, mean)
     return folders.ImageBatches(folder, mean, std, batch_size, device, transform, args.workers, mix, args.strict)
 
 

@@ -5,7 +5,8 @@
 
 L is the mean cross-entropy in evaluation, w the weights as one vector of P numbers, w_t those of one parameter tensor.
 
-    --box          100 (max L(w + z) - L(w)) / (1 + L(w)) percent, over |z_i| <= epsilon (|w_i| + 1): Keskar et al., ICLR 2017
+    --box          100 (max L(w + z) - L(w)) / (1 + L(w)) percent, over |z_i| <= epsilon (|w_i| + 1): Keskar et al.,
+    ICLR 2017
                    (arXiv 1609.04836), equation 4, by their search, bounded L-BFGS, and by steps from corner to corner.
                    --manifolds N: over z = A y with |y_i| <= epsilon (|(A^+ w)_i| + 1), for a random P x N matrix A
     --ball         max L(w + z) - L(w), over |z_t|_2 <= epsilon for every tensor t: the ball of AMP (arXiv 2010.04925)
@@ -13,8 +14,8 @@ L is the mean cross-entropy in evaluation, w the weights as one vector of P numb
     --eigenvalues  the largest of the Hessian of L
     --trace        of the Hessian, by Hutchinson's estimate (Communications in Statistics 18, 1989)
 
-A maximum is the best that its search found, so it is a lower bound. Each measurement is added to FILE-sharpness.json beside the
-checkpoint, with all its settings, and is not made again when it is there.
+A maximum is the best that its search found, so it is a lower bound. Each measurement is added to FILE-sharpness.json
+beside the checkpoint, with all its settings, and is not made again when it is there.
 """
 import json
 import math
@@ -61,8 +62,8 @@ def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
 def box_sharpness(landscape, epsilon=1e-3, iterations=10, manifold=None):
     """By `iterations` of bounded L-BFGS from w. A dict: 'sharpness' in percent, 'loss', 'worst loss', and how the search went.
 
-    manifold: (N, P), the rows of A^+ before each is divided by its length; None is the whole space. The search is in float64, the
-    loss in the precision of the landscape.
+    manifold: (N, P), the rows of A^+ before each is divided by its length; None is the whole space. The search is in
+    float64, the loss in the precision of the landscape.
     """
     w = landscape.weights
     if manifold is None:

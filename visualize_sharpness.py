@@ -1,16 +1,16 @@
 """Draw how loss and accuracy change around checkpoints, on the training and the test images.
 
-    python visualize_sharpness.py FIRST SECOND                  along (1 - alpha) FIRST + alpha SECOND
-    python visualize_sharpness.py FILE --directions 5           along random filter-normalised directions, FILE at alpha 0
-    python visualize_sharpness.py FILE --surface                over the plane of two such directions
-    python visualize_sharpness.py FILE FILE ... --compare       the directions of several checkpoints in one figure
+    python visualize_sharpness.py FIRST SECOND                  along (1 - alpha) FIRST + alpha SECOND python
+    visualize_sharpness.py FILE --directions 5           along random filter-normalised directions, FILE at alpha 0
+    python visualize_sharpness.py FILE --surface                over the plane of two such directions python
+    visualize_sharpness.py FILE FILE ... --compare       the directions of several checkpoints in one figure
 
-Writes a table (CSV) that grows point by point, its settings (JSON), and pictures (PNG, PDF). A scan that was broken off goes on
-with the same command. The checkpoints are never changed.
+Writes a table (CSV) that grows point by point, its settings (JSON), and pictures (PNG, PDF). A scan that was broken
+off goes on with the same command. The checkpoints are never changed.
 
-The line is figure 3 of Keskar et al. (ICLR 2017, arXiv 1609.04836); --path sin runs through the same weights at the pace
-of the SmoothOut code, alpha -> (1 + sin(pi alpha - pi / 2)) / 2. Directions and surface are those of Li et al. (NeurIPS 2018,
-arXiv 1712.09913), section 4: normal noise, each filter of it as long as that of the network.
+The line is figure 3 of Keskar et al. (ICLR 2017, arXiv 1609.04836); --path sin runs through the same weights at the
+pace of the SmoothOut code, alpha -> (1 + sin(pi alpha - pi / 2)) / 2. Directions and surface are those of Li et al.
+(NeurIPS 2018, arXiv 1712.09913), section 4: normal noise, each filter of it as long as that of the network.
 """
 import argparse
 import decimal

@@ -3,9 +3,10 @@
     python benchmarks/methods.py                         ResNet-20, batch 128, about fifteen minutes on two cores
     python benchmarks/methods.py --rows dma lsoftmax     some of the rows
 
-A step is all that the training loop does with a batch, making the batch and counting the accuracy included. Every round
-times each method right after plain SGD; the ratio is of such two, and the median of the rounds is printed. Then the
-peak memory of a training step of LSoftmaxLinear over that of nn.Linear, with 100,000 classes, each in a process of its own.
+A step is all that the training loop does with a batch, making the batch and counting the accuracy included. Every
+round times each method right after plain SGD; the ratio is of such two, and the median of the rounds is printed. Then
+the peak memory of a training step of LSoftmaxLinear over that of nn.Linear, with 100,000 classes, each in a process of
+its own.
 """
 import argparse
 import functools

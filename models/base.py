@@ -19,12 +19,12 @@ class WithAuxiliary(NamedTuple):
 class ImageClassifier(nn.Module):
     """Features, then a head that can be swapped.
 
-    A subclass builds its layers, calls `set_head`, and defines `features(x)`, which maps images
-    (batch, 3, height, width) to features (batch, in_features). `in_features` and `num_classes` are the sizes of the head.
+    A subclass builds its layers, calls `set_head`, and defines `features(x)`, which maps images (batch, 3, height,
+    width) to features (batch, in_features). `in_features` and `num_classes` are the sizes of the head.
 
     It may also say how it wants to be trained, or leave these None:
-    regime: a dict of epoch -> settings (optimizer, lr, momentum, weight_decay) that hold from that epoch on, or a method
-    regime(self, epoch) that gives such settings.
+    regime: a dict of epoch -> settings (optimizer, lr, momentum, weight_decay) that hold from that epoch on, or a
+    method regime(self, epoch) that gives such settings.
     input_transform: {'train': f, 'eval': f}, f: PIL image -> float tensor (3, height, width), instead of the script's
     cropping, mirroring and normalising.
     """

@@ -8,13 +8,17 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import center  # noqa: E402
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
 from utils import distributed, methods  # noqa: E402
-from utils.run import Run, validate  # noqa: E402
 from utils.batches import Batches, Split, mean_and_std  # noqa: E402
+from utils.run import Run, validate  # noqa: E402
 
-# 21 images in batches of 8 end with one of 5, whose parts of 2 are 2, 2 and 1; of 18 the last 2 leave the second process none.
+methods.METHODS['center'] = center  # a loss term with parameters, and a rate of their own
+
+# 21 images in batches of 8 end with one of 5, whose parts of 2 are 2, 2 and 1; of 18 the last 2 leave the second
+# process none.
 GHOST = '--train-batch 8 --mini-batch 2 '
 RUNS = {
     'plain': '', 'momentum, clipped': '--clip-norm 0.5 --nesterov', 'Adam': '--optimizer Adam --lr 0.001',
@@ -24,6 +28,8 @@ RUNS = {
     'amp': '--method amp --epsilon 0.1', 'amp of all parameters, twice': '--method amp --epsilon 0.3 --perturbation global --inner-iter 2',
     'amp, every pass counts': '--method amp --epsilon 0.1 --perturbed-statistics', 'dma amp': '--method dma amp --epsilon 0.1',
     'smoothout': '--method smoothout --ss 0.01', 'smoothout, filters': '--method smoothout --ss 0.1 --adapt-type filter --smoothing-type anneal',
+    'center': '--method center --center-coef 0.1',
+    'lsoftmax center': '--method lsoftmax center --margin 2 --beta 5 --center-coef 0.1 --clip-norm 0.5',
     'lsoftmax smoothout': '--method lsoftmax smoothout --ss 0.01 --batch-multiplier 2',
 }
 # Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
@@ -34,20 +40,22 @@ WHOLE = {
 LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2'}
 
 
-def images_of(number):
+def images_of(count):
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (number, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Split(pixels, torch.randint(10, (number,), generator=generator), list('0123456789'))
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Split(pixels, torch.randint(10, (count,), generator=generator), list('0123456789'))
 
 
-def train(flags, number):
+def train(flags, count):
     parser = cifar.make_parser()
     args = parser.parse_args(['--epochs', '2', '--lr', '0.05', '--manualSeed', '3', *flags.split()])
     methods.check_arguments(args, parser)
     validate(args, None, None, parser)
     torch.manual_seed(args.seed)
-    model = models.build(args.arch, 10, methods.build_head(args), **({} if args.arch == 'lenet' else {'depth': 8})).double()
-    split = images_of(number)
+    options = {} if args.arch == 'lenet' else {'depth': 8}
+    model = models.build(args.arch, 10, methods.build_head(args), **options)
+    model = methods.attach_loss_terms(args, model).double()
+    split = images_of(count)
     mean, std = mean_and_std(split.images)
     make = lambda size: Batches(split, mean, std, size, 'cpu', padding=4, flip=True)  # noqa: E731
     batches, whole = make(args.train_batch * args.batch_multiplier), make(7)

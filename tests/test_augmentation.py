@@ -242,7 +242,7 @@ def few(monkeypatch):
 def load_batches(flags, transforms=None):
     flags = f'--train-batch 16 --test-batch 16 --val-split 0.2 --workers 2 --manualSeed 0 {flags}'
     args = cifar.make_parser().parse_args(flags.split())
-    return cifar.load_batches(args, {}, transforms or {}, CPU)
+    return cifar.load_batches(args, {}, CPU, transforms or {})
 
 
 def all_bytes(images):
@@ -303,6 +303,7 @@ class WithTransforms(ImageClassifier):
         """What was seen since the last call, in training and in testing; each a tensor of all images."""
         train, test = ([images for training, images in cls.seen if training == which] for which in (True, False))
         cls.seen.clear()
+        train = [images for images in train if images.any()]  # not the rehearsal's blank ones
         return (torch.cat(train) if train else None), (torch.cat(test) if test else None)
 
 

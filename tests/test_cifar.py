@@ -100,7 +100,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(kill, epochs_done, refere
         assert process.returncode == -kill
     else:
         assert process.returncode == 128 + kill
-        assert f'Go on with: python cifar.py {resume}' in stderr and 'Traceback' not in stderr
+        assert f'Resume with: python cifar.py {resume}' in stderr and 'Traceback' not in stderr
     assert torch.load(folder / 'checkpoint.pth.tar', weights_only=True)['epoch'] < 4
     finish(start(resume))
     assert_same_run(folder, reference)
@@ -260,7 +260,7 @@ def test_a_batch_larger_than_what_the_conditions_leave_is_refused(monkeypatch, t
 
 @pytest.mark.parametrize('flags, sentence', [
     ('--epochs 3', 'less than the 4'), ('--manualSeed 5', '--manualSeed cannot change'), ('--val-split 0.1', '--val-split cannot change'),
-    ('--start-epoch 1', 'exclude each other'), ('--arch vgg16', 'holds the architecture densenet'), ('-e --lr 0.1', 'not used by --evaluate'),
+    ('--start-epoch 1', '--start-epoch is where a new run begins'), ('--arch vgg16', 'holds the architecture densenet'), ('-e --lr 0.1', 'not used by --evaluate'),
     ('-e --compile', '--compile is not used by --evaluate'),
     ('--depth 16 -c fork', 'holds depth 10, but depth 16 was asked for'), ('-d cifar100 -c fork', 'num_classes 10, but num_classes 100'),
 ])

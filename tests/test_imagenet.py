@@ -323,8 +323,8 @@ def test_smoothed_and_mixed_targets_are_what_the_loss_is_of(flags, losses, root,
 def test_the_moving_average_is_that_of_a_plain_loop(root, monkeypatch, tmp_path):
     steps, build = [], methods.build_optimizer
 
-    def recording(args, model, steps_per_epoch):
-        optimizer = build(args, model, steps_per_epoch)
+    def recording(args, model, *rest, **options):
+        optimizer = build(args, model, *rest, **options)
         optimizer.register_step_post_hook(lambda *_: steps.append({name: value.double() for name, value in model.state_dict().items()}))
         return optimizer
 
@@ -442,10 +442,10 @@ def test_auto_where_nothing_was_saved_begins_anew(left, runs, root, monkeypatch,
 
 
 def test_auto_does_not_enter_a_folder_of_something_else(root, monkeypatch, tmp_path):
-    (tmp_path / 'notes.txt').write_text('mine')
+    (tmp_path / 'log.txt').write_text('mine')
     with pytest.raises(UserError, match='is not empty; use --overwrite, or another --checkpoint'):
         call(monkeypatch, imagenet, f'{TINY} -d {root} -c {tmp_path} --resume auto')
-    assert list(contents(tmp_path)) == ['notes.txt']
+    assert contents(tmp_path) == {'log.txt': b'mine'}
 
 
 # Images that cannot be read
@@ -536,8 +536,8 @@ def refused(root, monkeypatch, capsys, tmp_path):
     ('-d ROOT --train-batch 8 --gpu-id nonsense', '--gpu-id must name one CUDA device of this machine, and nonsense names 0'),
     (f'-d ROOT {SMALL} --method large_margin --large-margin-layers nowhere', "there is no layer 'nowhere' in this network"),
     (f'-d ROOT {SMALL} --method large_margin --label-smoothing 0.1', '--label-smoothing does nothing without cross-entropy'),
-    (f'-d ROOT {SMALL} --train-batch 41', '--arch shufflenet_v2_x0_5 has batch norm, which cannot train on a single image, and 42 images '
-                                          'in parts of 41 leave one; choose another --train-batch'),
+    (f'-d ROOT {SMALL} --train-batch 41', 'BatchNorm cannot train on a single image, and 42 images (less those that cannot '
+                                          'be read) in parts of 41 leave one; choose another --train-batch'),
     (f'-d ROOT {SMALL} --mini-batch 1', 'choose another --mini-batch'),
     ('-d ROOT --method lsoftmax --mixup 0.2', '--method lsoftmax and --mixup cannot combine: it needs one class for each image'),
     ('-d ROOT --method large_margin --cutmix 1', '--method large_margin and --cutmix cannot combine'),
@@ -571,7 +571,7 @@ def test_folders_that_do_not_fit(refused, root, tmp_path):
     ('-a resnet18 -e', 'holds the architecture shufflenet_v2_x0_5'), ('--manualSeed 4', '--manualSeed cannot change'),
     ('-d other -e', 'knows the classes blue green red, but other has blue green yellow'),
     ('-d other --train-batch 3', 'knows the classes blue green red, but other has blue green yellow'),
-    ('--start-epoch 1', '--start-epoch and --resume exclude each other'),
+    ('--start-epoch 1', '--start-epoch is where a new run begins'), ('--init x', '--init is where a new run begins'),
 ])
 def test_what_contradicts_the_checkpoint(flags, sentence, refused, runs, tmp_path):
     for name in ('blue', 'green', 'yellow'):
@@ -614,7 +614,7 @@ def test_a_part_without_any_image_that_can_be_read_ends_the_run(root, monkeypatc
 def test_auto_does_not_go_on_with_other_flags(refused, runs, tmp_path):
     shutil.copytree(runs / 'tiny', tmp_path / 'run')
     said = refused(f'{RUNS["tiny"]} -d ROOT --lr 0.2 --resume auto -c {tmp_path}/run')
-    assert f'--resume auto would go on with the run in {tmp_path}/run, which has --lr 0.1, not 0.2; give another --checkpoint, or' in said
+    assert f'--resume auto would resume the run in {tmp_path}/run, which has --lr 0.1, not 0.2; give another --checkpoint, or' in said
 
 
 @pytest.mark.parametrize('images, expected, size, sizes', [

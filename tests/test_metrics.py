@@ -140,7 +140,7 @@ def test_predictions_count_what_a_meter_counts_and_keep_all(in_a_tuple, classes)
         for counter in (meter, predictions):
             counter.update((logits, None) if in_a_tuple else logits, targets, cross_entropy(logits, targets))
     assert predictions.read() == meter.read() and set(meter.read()) == {'Loss', 'Top-1'} | ({'Top-5'} if classes > 5 else set())
-    probabilities, targets = predictions.gathered()
+    probabilities, targets = predictions.of_all_images()
     assert probabilities.dtype == np.float32 and probabilities.shape == (19, classes) and targets.shape == (19,)
     assert targets.tolist() == [target for _, labels in batches for target in labels.tolist()]
     assert probabilities == pytest.approx(torch.cat([logits for logits, _ in batches]).softmax(dim=1).numpy())
@@ -150,7 +150,7 @@ def test_predictions_count_what_a_meter_counts_and_keep_all(in_a_tuple, classes)
 def test_outputs_in_bfloat16_are_kept_in_float32():
     predictions, logits = metrics.Predictions(1, 3, 'cpu'), torch.tensor([[1.0, 2.0, 3.0]]).bfloat16()
     predictions.update(logits, torch.tensor([2]), torch.tensor(1.0))
-    probabilities, _ = predictions.gathered()
+    probabilities, _ = predictions.of_all_images()
     assert probabilities.dtype == np.float32 and probabilities == pytest.approx(logits.float().softmax(dim=1).numpy())
 
 
@@ -326,7 +326,9 @@ def test_under_attack(runs, evaluated, tmp_path):
 
 
 def test_an_attack_on_images_that_the_model_transforms_is_refused(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(cifar, 'input_transform', lambda args, model: {} if args.no_augment else {'eval': lambda image: torch.zeros(3, 32, 32)})
+    transforms = {'eval': lambda image: torch.zeros(3, 32, 32)}
+    for place in ('utils.batches.input_transform', 'evaluate.input_transform'):
+        monkeypatch.setattr(place, lambda args, model: {} if args.no_augment else transforms)
     command = f'{runs}/plain/checkpoint.pth.tar --attack fgsm -o {tmp_path}'
     with pytest.raises(UserError, match='--attack needs to know the pixels.*give --no-augment'):
         call(monkeypatch, evaluate, command)

@@ -180,7 +180,7 @@ def test_a_regime_holds_from_its_epoch_on_be_it_a_dict_or_a_function(regime, epo
     if any('lr' in now for now in expected):
         assert args.regime == [{**defaults, **now} for now in expected] and args.lr_schedule == 'regime'
         assert all_rates(args, 2) == [now['lr'] for now in args.regime for _ in range(2)]
-        steps = [schedule.options(step, 2, args) for step in range(2 * epochs)]
+        steps = [options(step, 2, args) for step in range(2 * epochs)]
         assert steps == [now for now in args.regime for _ in range(2)]
     else:
         assert args.regime == [{**defaults, **now} for now in expected] and args.lr_schedule == 'step'
@@ -190,8 +190,15 @@ REGIME = {0: {'optimizer': 'SGD', 'lr': 0.01, 'momentum': 0.8, 'weight_decay': 0
           2: {'lr': 0.02, 'momentum': 0.7, 'weight_decay': 0.004}}
 
 
+def options(step, steps_per_epoch, args):
+    """What an optimizer made by the regime has at `step`."""
+    optimizer = getattr(torch.optim, args.optimizer)([torch.zeros(1)], **args.regime[0])
+    schedule.apply(optimizer, step, steps_per_epoch, args)
+    return {name: optimizer.param_groups[0][name] for name in args.regime[step // steps_per_epoch]}
+
+
 def columns(args):
-    return {name: [schedule.options(epoch, 1, args).get(name) for epoch in range(args.epochs)]
+    return {name: [options(epoch, 1, args).get(name) for epoch in range(args.epochs)]
             for name in ('lr', 'momentum', 'weight_decay')}
 
 
@@ -256,9 +263,9 @@ def call(monkeypatch, flags):
 
 
 @pytest.mark.parametrize('regime, flags, sentence', [
-    ({0: {'optimizer': 'SGD'}, 2: {'optimizer': 'Adam'}}, '', 'wants the optimizer SGD and then Adam, and a run has one of SGD'),
-    ({2: {'optimizer': 'RMSprop'}}, '', 'wants the optimizer SGD and then RMSprop'),
-    ({0: {'optimizer': 'LBFGS'}}, '', 'wants the optimizer LBFGS, and a run has one of SGD, RMSprop, Adam, AdamW'),
+    ({0: {'optimizer': 'SGD'}, 2: {'optimizer': 'Adam'}}, '', 'asks for the optimizer SGD and then Adam, and a run has one of SGD'),
+    ({2: {'optimizer': 'RMSprop'}}, '', 'asks for the optimizer SGD and then RMSprop'),
+    ({0: {'optimizer': 'LBFGS'}}, '', 'asks for the optimizer LBFGS, and a run has one of SGD, RMSprop, Adam, AdamW'),
     ({0: {'optimizer': 'adam'}}, '', 'choose it with --optimizer'),
     ({0: {'learning_rate': 0.1}}, '', 'the regime of --arch own sets learning_rate, which SGD does not have'),
     ({3: {'betas': (0.9, 0.9)}}, '', 'sets betas, which SGD does not have'),

@@ -7,9 +7,10 @@ import torch
 class Activations:
     """The outputs of the modules of `model` that `names` lists, in the newest pass that has gradients.
 
-    A name is as in model.named_modules(); `input` is the images, which get a gradient of their own; `features` is what goes
-    into the head. Of a module that is called several times in a pass it is the last output. The hooks stay as long as the
-    model does. ValueError for a name that the model does not have, and from `read` for an output that cannot be used.
+    A name is as in model.named_modules(); `input` is the images, which get a gradient of their own; `features` is what
+    goes into the head. Of a module that is called several times in a pass it is the last output. The hooks stay as
+    long as the model does. ValueError for a name that the model does not have, and from `read` for an output that
+    cannot be used.
     """
 
     def __init__(self, model, names):

@@ -1,4 +1,4 @@
-"""The progress line: a bar with ETA on a terminal, nothing elsewhere; each epoch prints a line of its own in any case."""
+"""The progress line: a bar with ETA on a terminal, nothing elsewhere; each epoch prints its own line in any case."""
 import os
 import sys
 import time

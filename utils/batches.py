@@ -63,14 +63,16 @@ class Batches:
     """A split on the device, as normalised float batches in channels_last.
 
     Iterating gives it in order and as it is. `shuffled(seed, epoch, first)` gives it shuffled, cropped at random after
-    padding by `padding` black pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to the
-    mean colour, from batch `first` on; a batch depends on (seed, epoch, its index) alone, and is the same on every device.
+    padding by `padding` black pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to
+    the mean colour, from batch `first` on; a batch depends on (seed, epoch, its index) alone, and is the same on every
+    device.
 
-    Among several processes `shuffled` gives each process its part of every batch, perhaps an empty one, and iterating gives
-    it some of the batches, whole; len() counts them all.
+    Among several processes `shuffled` gives each process its part of every batch, perhaps an empty one, and iterating
+    gives it some of the batches, whole; len() counts them all.
 
-    transform: a function of a PIL image, cropped and mirrored, that gives a PIL image, or a float tensor (3, height, width)
-    that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in order.
+    transform: a function of a PIL image, cropped and mirrored, that gives a PIL image, or a float tensor (3, height,
+    width) that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in
+    order.
     """
 
     def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None, workers=1):
@@ -115,8 +117,8 @@ class Batches:
     def _moved(self, draws, positions, seeds):
         """Batches of images, cropped and mirrored as `crop_and_flip` says, and through the transform if there is one.
 
-        draws: for each image in the order of the epoch its index, its offset and whether it is mirrored. positions: a slice of
-        that order for each batch.
+        draws: for each image in the order of the epoch its index, its offset and whether it is mirrored. positions: a
+        slice of that order for each batch.
         """
         order, offsets, mirrored = (draw.to(self.images.device) for draw in draws)
         if not self.transform:
@@ -196,11 +198,12 @@ def auto_augment(name, transforms=None, **options):
     name: 'imagenet', 'cifar10' or 'svhn' for the policy of AutoAugment that was learned there (Cubuk et al., CVPR 2019,
     arXiv 1805.09501), 'randaugment' (Cubuk et al., arXiv 1909.13719), 'trivialaugment' (Mueller and Hutter,
     arXiv 2103.10158) or 'augmix' (Hendrycks et al., arXiv 1912.02781).
-    transforms: torchvision.transforms (None) or torchvision.transforms.v2, which draw differently.
-    options: fill, interpolation.
+    transforms: torchvision.transforms.v2, which draws differently, or None: torchvision.transforms, where what moves
+    into the image from outside is grey, as in the paper's code. options: fill, interpolation.
     """
     if transforms is None:
         from torchvision import transforms
+        options = {'fill': [128, 128, 128], **options}
     kinds = {'randaugment': transforms.RandAugment, 'trivialaugment': transforms.TrivialAugmentWide,
              'augmix': transforms.AugMix}
     if name in kinds:
@@ -225,7 +228,8 @@ def input_transform(args, model):
 def cut_out(images, size, centre):
     """Set a square to 0, which is the mean colour after normalising (DeVries and Taylor, arXiv 1708.04552), in place.
 
-    images: float (batch, channels, height, width). size: side of the square in pixels; what is outside of the image is lost.
+    images: float (batch, channels, height, width). size: side of the square in pixels; what is outside of the image is
+    lost.
     centre: (batch, 2), row and column.
     """
     inside = []

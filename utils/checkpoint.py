@@ -54,8 +54,8 @@ def _is_in(folder, path):
 def enter_folder(folder, resume, overwrite, finished=False):
     """The first writing to `folder`: drop what is to be overwritten, copy the best epoch of a run resumed from elsewhere.
 
-    finished: nothing is left to train, so that the result of a run that resumes in its folder stays until there is another.
-    UserError if another run has entered the folder since it was checked.
+    finished: nothing is left to train, so that the result of a run that resumes in its folder stays until there is
+    another. UserError if another run has entered the folder since it was checked.
     """
     resumes_here = _is_in(folder, resume)
     for name in [RESULT] * (not finished) if resumes_here else RESULTS if overwrite else []:
@@ -109,8 +109,8 @@ def _read_file(path):
 def initialise(model, path):
     """Begin with the weights in `path`, a checkpoint or a state_dict, where names and shapes fit; prints what does not.
 
-    Names may have the prefix `module.`, as DistributedDataParallel gives them, and may lack `backbone.`, as torchvision's do.
-    UserError if the file cannot be read, or nothing in it fits.
+    Names may have the prefix `module.`, as DistributedDataParallel gives them, and may lack `backbone.`, as
+    torchvision's do. UserError if the file cannot be read, or nothing in it fits.
     """
     held = _read_file(path)
     if isinstance(held, dict) and isinstance(held.get('state_dict'), dict):
@@ -118,12 +118,12 @@ def initialise(model, path):
     if not isinstance(held, dict) or not any(torch.is_tensor(value) for value in held.values()):
         raise UserError(f'--init {path} must hold a checkpoint or a state_dict, names with tensors; it holds neither')
     held = {name.removeprefix('module.'): value for name, value in held.items() if torch.is_tensor(value)}
-    wanted = model.state_dict()
+    wanted, unprefixed = model.state_dict(), held
     if not held.keys() & wanted.keys():
         held = {f'backbone.{name}': value for name, value in held.items()}
     fitting = {name: value for name, value in held.items() if name in wanted and value.shape == wanted[name].shape}
     if not fitting:
-        raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(held)}, and the network has '
+        raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and the network has '
                         f'{_listed(wanted)}')
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
@@ -216,7 +216,7 @@ def _check_flags(args, state, parser):
     for name in sorted(args.given):
         resume, flag = flags.meaning(name).resume, parser.spelling(name)
         if resume == flags.BEGIN:
-            parser.error(f'{flag} and --resume exclude each other: it says where a new run begins, and a checkpoint knows')
+            parser.error(f'{flag} is where a new run begins; a resumed run has that from its checkpoint')
         if resume == flags.NEVER and getattr(args, name) != state['args'].get(name):
             parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
                          f'the checkpoint has {state["args"].get(name)}')

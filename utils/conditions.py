@@ -8,9 +8,6 @@ import torch
 from utils.flags import bounded
 from utils.errors import UserError
 
-SHRINKING = ('val_split', 'imbalance', 'train_fraction')  # flags that leave fewer images to train on
-
-
 def add_arguments(group):
     group.add_argument('--val-split', type=bounded(float, 0, 0.9, above=True), metavar='F',
                        help='part of the training set that chooses the best epoch; the test set is then read once')
@@ -33,6 +30,13 @@ def check_arguments(args, parser):
             parser.error(f'{parser.spelling(name)} is not used without --imbalance exp or --imbalance step')
         if args.imbalance and getattr(args, name) is None:
             setattr(args, name, default)
+
+
+def left_by(args):
+    """Words for what leaves fewer images to train on, such as ' that --val-split 0.1 leaves'; none without such a flag."""
+    flags = {'--val-split': args.val_split, '--imbalance': args.imbalance, '--train-fraction': args.train_fraction}
+    words = [f'{flag} {value}' for flag, value in flags.items() if value]
+    return f' that {" and ".join(words)} leaves' if words else ''
 
 
 def apply(args, split):
@@ -70,8 +74,8 @@ def split_validation(split, fraction, seed):
 def imbalanced_sizes(kind, factor, num_classes, images):
     """Images of each class in a long-tailed set made of `images` balanced ones (Cao et al., arXiv 1906.07413, as their code).
 
-    exp   int(n_max factor^(c / (C - 1))) of class c, where C = num_classes and n_max = images / C
-    step  int(n_max) of the first half of the classes, int(n_max factor) of the others; of an odd C the larger half are those
+    exp   int(n_max factor^(c / (C - 1))) of class c, where C = num_classes and n_max = images / C step  int(n_max) of
+    the first half of the classes, int(n_max factor) of the others; of an odd C the larger half are those
     """
     largest = images / num_classes
     if kind == 'exp':

@@ -17,7 +17,8 @@ from utils import own_dataset
 from utils.batches import Split
 from utils.errors import UserError, one_line
 
-# torchvision and scikit-learn are imported where they are used: each takes a second or more, and no run needs all of both.
+# torchvision and scikit-learn are imported where they are used: each takes a second or more, and no run needs all of
+# both.
 
 
 class Known(NamedTuple):

@@ -38,8 +38,9 @@ def start():
 def _store_of_this_start(store, own_rank, processes):
     """A prefix of `store` that is new and the same for all processes.
 
-    torchrun keeps one store over all of its restarts (PyTorch 2.14), and a process would take what a killed one left there
-    for that of its successor. So each process asks with a word of its own, and the first one answers those that are alive.
+    torchrun keeps one store over all of its restarts (PyTorch 2.14), and a process would take what a killed one left
+    there for that of its successor. So each process asks with a word of its own, and the first one answers those that
+    are alive.
     """
     if own_rank > 0:
         word = uuid.uuid4().hex

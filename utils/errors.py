@@ -1,4 +1,4 @@
-"""What ends a script with one sentence and an exit status instead of a traceback; utils/run.py: `run_script` prints it."""
+"""What ends a script with one sentence and an exit status instead of a traceback."""
 
 
 class UserError(Exception):

@@ -17,7 +17,7 @@ def logits_of(outputs):
 
 
 def shown_logits(model):
-    """A function outputs -> logits, detached, that training accuracy is counted on: without the head's margin, if any."""
+    """A function outputs -> logits, detached, which training accuracy is counted on: without the head's margin."""
     head = next((module for module in model.modules() if hasattr(module, 'without_margin')), None)
     plain = head.without_margin if head else torch.Tensor.detach
     return lambda outputs: plain(logits_of(outputs))
@@ -26,8 +26,8 @@ def shown_logits(model):
 def cross_entropy(outputs, targets, label_smoothing=0.0):
     """Mean cross-entropy over the batch, natural logarithm, in float32 at least, whatever the precision of the network.
 
-    targets: class indices (batch,), or shares of the classes (batch, classes). label_smoothing: the part of each target that
-    is spread over all classes (Szegedy et al., arXiv 1512.00567, section 7).
+    targets: class indices (batch,), or shares of the classes (batch, classes). label_smoothing: the part of each
+    target that is spread over all classes (Szegedy et al., arXiv 1512.00567, section 7).
     """
     logits = logits_of(outputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -48,8 +48,8 @@ def metrics_line(part, values):
 class Meter:
     """Mean loss and top-1 accuracy over the batches of one pass; top-5 too where there are more than five classes.
 
-    `update` only adds up on the device; `read` and `first_bad_batch` wait for it. Among several processes each counts its own
-    images; `of_all_processes` and `read_all` put them together.
+    `update` only adds up on the device; `read` and `first_bad_batch` wait for it. Among several processes each counts
+    its own images; `of_all_processes` and `read_all` put them together.
     """
 
     def __init__(self, batches, num_classes, device):
@@ -90,7 +90,7 @@ class Meter:
         return {'losses': self.losses.cpu(), 'correct': self.correct.cpu(), 'sizes': self.sizes}
 
     def load(self, state, local=True):
-        """Resume counting. If not `local`, the batches of `state` count as batches of which this process has no images."""
+        """Resume counting. If not `local`, the batches of `state` count as batches without images of this process."""
         if local:
             self.losses.copy_(state['losses'])
             self.correct.copy_(state['correct'])

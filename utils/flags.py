@@ -27,7 +27,8 @@ class Meaning(NamedTuple):
 
 START, FREE, ASKED, NEVER, MODEL, BEGIN = 'start', 'free', 'asked', 'never', 'model', 'begin'
 
-# Every flag of cifar.py and imagenet.py by its name in `args`. A flag of a method needs no line: it is (True, ASKED, False).
+# Every flag of cifar.py and imagenet.py by its name in `args`. A flag of a method needs no line: it is (True, ASKED,
+# False).
 FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     # flag               changes the result   on resume   used by --evaluate
     # data

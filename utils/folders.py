@@ -78,8 +78,8 @@ def _some(names, most=5):
 def training_transform(image_size, auto_augment=None, interpolation='bilinear', random_erase=0.0, mean=IMAGENET_MEAN):
     """PIL image -> uint8 (3, image_size, image_size): cropped, scaled and mirrored at random.
 
-    auto_augment: None or one of `AUTO_AUGMENTS`. random_erase: how probable it is that a rectangle is set to the mean colour
-    (Zhong et al., arXiv 1708.04896); mean: that colour, in units of 0..255, which is rounded.
+    auto_augment: None or one of `AUTO_AUGMENTS`. random_erase: how probable it is that a rectangle is set to the mean
+    colour (Zhong et al., arXiv 1708.04896); mean: that colour, in units of 0..255, which is rounded.
     """
     from torchvision.transforms import v2
 
@@ -127,8 +127,9 @@ def evaluation_transform(image_size, resize, interpolation='bilinear'):
 def mixing(mixup_alpha, cutmix_alpha, num_classes):
     """MixUp (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or for each batch one of the two.
 
-    None if both alphas are 0 or None; otherwise a function of float images (batch, 3, height, width) and int64 labels (batch,)
-    that gives mixed images and float targets (batch, num_classes). An image is mixed with the one before it in the batch.
+    None if both alphas are 0 or None; otherwise a function of float images (batch, 3, height, width) and int64 labels
+    (batch,) that gives mixed images and float targets (batch, num_classes). An image is mixed with the one before it
+    in the batch.
     """
     from torchvision.transforms import v2
 
@@ -140,14 +141,15 @@ def mixing(mixup_alpha, cutmix_alpha, num_classes):
 class ImageBatches:
     """A `Folder` or LazySplit as normalised float batches (batch, 3, height, width) in channels_last on the device.
 
-    Used as `batches.Batches` is. Iterating gives it in order, each process some of the batches, whole, so that together they
-    see each image once. `shuffled(seed, epoch, first)` gives it shuffled, each process its part of each batch; what is drawn
-    for an image depends on (seed, epoch, its position in the epoch) alone: on no number of workers or processes, and not on
-    `first`, the index of the first batch.
+    Used as `batches.Batches` is. Iterating gives it in order, each process some of the batches, whole, so that
+    together they see each image once. `shuffled(seed, epoch, first)` gives it shuffled, each process its part of each
+    batch; what is drawn for an image depends on (seed, epoch, its position in the epoch) alone: on no number of
+    workers or processes, and not on `first`, the index of the first batch.
 
     mean, std: of each channel, in units of 0..255. transform: a function of a PIL image that gives a uint8 tensor
     (3, height, width), always of the same size. workers: how many processes read; 0: this one does.
-    mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's index) alone.
+    mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's index)
+    alone.
 
     Files that cannot be read are left out, and are in `skipped` (path -> reason) then; UserError instead if `strict`.
     """

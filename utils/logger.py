@@ -26,7 +26,7 @@ def _text(value):
 
 
 def read_rows(path, columns, epochs):
-    """The rows, as text, of the first `epochs` epochs in the log at `path`; none if there is no such file (or path is None).
+    """The rows, as text, of the first `epochs` epochs in the log at `path`; none if path is None or not there.
 
     A process that was killed may have left a row of an epoch that no checkpoint has, or half a row: those are dropped.
     UserError if it is the log of something else.

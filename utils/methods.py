@@ -1,35 +1,39 @@
 """Where methods are listed, and how the chosen ones are put together.
 
-A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs, each of which takes
-as many of its arguments as it names:
+A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs, each of which
+takes as many of its arguments as it names:
     head(args)              -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
     loss_term(args, model)  -> (outputs, targets, activations) -> scalar, added to the cross-entropy: a function, or an
-                               nn.Module, which becomes part of the model: its parameters are trained, its parameters and
-                               buffers are on the device and in the checkpoint, its gradients averaged over processes.
-                               `model.in_features` and `model.num_classes` are the sizes of the classifier.
-    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used instead of torch.optim.SGD; where
+                               nn.Module, which becomes part of the model: its parameters are trained, its parameters
+                               and buffers are on the device and in the checkpoint, its gradients averaged over
+                               processes. `model.in_features` and `model.num_classes` are the sizes of the classifier.
+    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used instead of torch.optim.SGD;
+    where
                                --optimizer names another class than SGD, the options have it as base_optimizer
 and, where it needs them:
     layers(args)                   -> names of what its loss term gets as activations: modules, whose outputs they are,
                                       `input`, the images, or `features`, what goes into the head, in every architecture
     cross_entropy_weight(args)     -> the weight of the cross-entropy together with its loss term; by default 1, several
                                       are multiplied
-    parameter_groups(args, model)  -> [{'params': [...], 'lr': ...}, ...]: options of their own for some parameters of the
+    parameter_groups(args, model)  -> [{'params': [...], 'lr': ...}, ...]: options of their own for some parameters of
+    the
                                       model; the schedule multiplies their rates as it multiplies all others
     DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
     FIRST_VALUES = {flags that a checkpoint's state replaces, so that a resumed run refuses them}
     CLASS_TARGETS = True where targets must be one class for each image, not shares of several, as mixing images gives
 A head that trains on other logits than it predicts with has `without_margin(logits)` for these. An optimizer with
-`next_part(parts)` is told when a batch that is split goes on by so many parts; one whose `local_pass` is true does not need
-the gradient of all processes.
+`next_part(parts)` is told when a batch that is split goes on by so many parts; one whose `local_pass` is true does not
+need the gradient of all processes.
 
-A head, or a loss term that is a module, with `after_step()` is told of every optimizer step. Among several processes it runs
-in each of them, and must leave the same values in all: it may use its parameters, its buffers and the count of steps, as they
-are the same everywhere. It may not use what was computed from this process's images, unless torch.distributed.all_reduce has
-made it that of all, nor random numbers, files or the clock. The same holds for buffers that `forward` changes.
+A head, or a loss term that is a module, with `after_step()` is told of every optimizer step. Among several processes
+it runs
+in each of them, and must leave the same values in all: it may use its parameters, its buffers and the count of steps,
+as they are the same everywhere. It may not use what was computed from this process's images, unless
+torch.distributed.all_reduce has made it that of all, nor random numbers, files or the clock. The same holds for
+buffers that `forward` changes.
 
-A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it. `args.given` is the set of flags that the
-command line set; a ValueError from any of these functions ends the run with its sentence.
+A loss term's weight is a flag of its own, --NAME-coef; --coef is short for it. `args.given` is the set of flags that
+the command line set; a ValueError from any of these functions ends the run with its sentence.
 """
 import argparse
 import copy
@@ -133,9 +137,13 @@ def build_head(args):
 def attach_loss_terms(args, model):
     """Make the chosen loss terms that are modules part of `model`, as model.loss_terms; returns the model.
 
-    To be called where the model is built, before its weights are loaded and its optimizer is made.
+    To be called where the model is built, before its weights are loaded and its optimizer is made. UserError for a
+    ValueError of a loss term.
     """
-    terms = {name: term for name in args.method if isinstance(term := _loss_term(args, name, model), nn.Module)}
+    try:
+        terms = {name: term for name in args.method if isinstance(term := _loss_term(args, name, model), nn.Module)}
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if terms:
         model.loss_terms = nn.ModuleDict(terms)
     return model
@@ -187,8 +195,8 @@ def default_lr(args):
 def build_optimizer(args, model, steps_per_epoch, parameters=None):
     """The optimizer of --optimizer, alone or inside of what the chosen method wraps around it.
 
-    parameters: by default those of `model`, in the groups that the methods ask for. ValueError if the regime of the model
-    sets an option that the optimizer does not have.
+    parameters: by default those of `model`, in the groups that the methods ask for. ValueError if the regime of the
+    model sets an option that the optimizer does not have.
     """
     base = OPTIMIZERS[args.optimizer].func
     options = {**args.regime[0], 'nesterov': True} if args.nesterov else args.regime[0]

@@ -32,8 +32,8 @@ class Predictions(Meter):
 def of_classes(probabilities, targets):
     """A dict of numbers in percent, and the confusion matrix (classes, classes): rows are true, columns predicted classes.
 
-    'class accuracy': a list, the recall of each class (None where there is no image of it). 'balanced accuracy': their mean.
-    'calibration error': see `calibration_error`.
+    'class accuracy': a list, the recall of each class (None where there is no image of it). 'balanced accuracy': their
+    mean. 'calibration error': see `calibration_error`.
     probabilities: (N, classes). targets: (N,), class indices.
     """
     from sklearn.metrics import confusion_matrix, recall_score  # a second of import time that a run pays at its end
@@ -48,8 +48,9 @@ def of_classes(probabilities, targets):
 def calibration_error(probabilities, targets, bins=15):
     """Expected calibration error (Guo et al., ICML 2017, arXiv 1706.04599, equation 3), from 0 to 1.
 
-    Images are put into `bins` bins of equal width by their confidence, the highest probability, the upper edge included; the
-    error is the mean over images of |accuracy - mean confidence| of their bin. scikit-learn has it for two classes only.
+    Images are put into `bins` bins of equal width by their confidence, the highest probability, the upper edge
+    included; the error is the mean over images of |accuracy - mean confidence| of their bin. scikit-learn has it for
+    two classes only.
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == targets

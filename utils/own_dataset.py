@@ -1,8 +1,8 @@
 """A data set of one's own: --dataset module:Class, any torch Dataset of (image, label).
 
-The class, or function, is called with those of these that its signature names: root (--data), train (True or False), split
-('train' or 'test'). An image is a PIL image, or a uint8 array or tensor (H, W), (H, W, C) or (C, H, W), or a float one in
-[0, 1]; a label is a whole number from 0. `classes`, a list of names, is used if the data set has it.
+The class, or function, is called with those of these that its signature names: root (--data), train (True or False),
+split ('train' or 'test'). An image is a PIL image, or a uint8 array or tensor (H, W), (H, W, C) or (C, H, W), or a
+float one in [0, 1]; a label is a whole number from 0. `classes`, a list of names, is used if the data set has it.
 """
 import importlib
 import inspect

@@ -27,13 +27,14 @@ class Parts:
             parts.keep(outputs, loss)
         return parts.logits, parts.loss
 
-    A batch is one part. With --mini-batch N it is cut into ghost batches of N images (Hoffer et al., arXiv 1705.08741), each
-    with BatchNorm statistics, and noise on the weights, of its own. Among several processes each has a part of every batch,
-    or several; DistributedDataParallel averages the gradients in the last backward, and BatchNorm's running statistics
-    are combined after it. A process without images passes two blank ones with weight 0, as the others wait for it.
+    A batch is one part. With --mini-batch N it is cut into ghost batches of N images (Hoffer et al., arXiv
+    1705.08741), each with BatchNorm statistics, and noise on the weights, of its own. Among several processes each has
+    a part of every batch, or several; DistributedDataParallel averages the gradients in the last backward, and
+    BatchNorm's running statistics are combined after it. A process without images passes two blank ones with weight 0,
+    as the others wait for it.
 
-    network: `Run.network`, in training mode. optimizer: told by `next_part(parts)`, where it has that, that the noise on the
-    weights must be new; where its `local_pass` is true, gradients are not averaged.
+    network: `Run.network`, in training mode. optimizer: told by `next_part(parts)`, where it has that, that the noise
+    on the weights must be new; where its `local_pass` is true, gradients are not averaged.
     """
 
     def __init__(self, network, optimizer, args):
@@ -93,10 +94,10 @@ class Parts:
 class BatchNormStatistics:
     """BatchNorm's running statistics as those of one process that sees the parts of all processes, one after another.
 
-    Each process normalises with the statistics of its own part, as a ghost batch (Hoffer et al., arXiv 1705.08741). With
-    momentum m, p parts change the running r0 into r = (1 - m)^p r0 + c, and those of all processes one after another into
-    ... (1 - m)^p2 ((1 - m)^p1 r0 + c1) + c2 ..., so c = r - (1 - m)^p r0 of each process is all that has to be sent.
-    Frozen layers, which are not in training mode, are left alone.
+    Each process normalises with the statistics of its own part, as a ghost batch (Hoffer et al., arXiv 1705.08741).
+    With momentum m, p parts change the running r0 into r = (1 - m)^p r0 + c, and those of all processes one after
+    another into ... (1 - m)^p2 ((1 - m)^p1 r0 + c1) + c2 ..., so c = r - (1 - m)^p r0 of each process is all that has
+    to be sent. Frozen layers, which are not in training mode, are left alone.
     """
 
     def __init__(self, network):
@@ -160,8 +161,8 @@ def check_batch(args, images, left_by=''):
 def part_sizes(images, expected, ghost_batch):
     """The sizes of the parts of `images` images, a list: `ghost_batch` each, the last one what is left.
 
-    Where images cannot be read, so that there are fewer than `expected`, a single image at the end joins the part before it,
-    as BatchNorm may need two.
+    Where images cannot be read, so that there are fewer than `expected`, a single image at the end joins the part
+    before it, as BatchNorm may need two.
     """
     sizes = [min(ghost_batch, images - start) for start in range(0, images, ghost_batch)]
     if images < expected and len(sizes) > 1 and sizes[-1] == 1:
@@ -182,6 +183,6 @@ def single_image_explained(args, images):
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
             raise
-        raise UserError(f'BatchNorm cannot train on a single image, and the {images} training images, less those that cannot '
-                        f'be read, leave one in parts of {ghost_batch(args)}; '
+        raise UserError(f'BatchNorm cannot train on a single image, and {images} images (less those that cannot be read) in '
+                        f'parts of {ghost_batch(args)} leave one; '
                         f'choose another --{"mini" if args.mini_batch else "train"}-batch') from error

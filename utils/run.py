@@ -1,4 +1,4 @@
-"""A training run: all that is not the experiment. Its folder, log, checkpoints, progress, what is said when it stops."""
+"""A training run, all but the experiment: its folder, log, checkpoints, progress, and what it says when it stops."""
 import functools
 import math
 import os
@@ -31,8 +31,9 @@ class Run:
                 run.end_epoch(epoch, trained, tested)
             run.report(test)
 
-    args: the flags, validated and filled in. state: a checkpoint, or the beginning of one with 'script', 'epoch', 'network',
-    'classes', 'mean' and 'std'. batches: {'train': ..., 'test': ...} and perhaps 'val', as `Batches` or `ImageBatches`.
+    args: the flags, validated and filled in. state: a checkpoint, or the beginning of one with 'script', 'epoch',
+    'network', 'classes', 'mean' and 'std'. batches: {'train': ..., 'test': ...} and perhaps 'val', as `Batches` or
+    `ImageBatches`.
 
     network           the model to train: compiled with --compile, in DistributedDataParallel among several processes
     to_test           the model to test: with --ema the moving average of the weights
@@ -67,7 +68,8 @@ class Run:
         distributed.barrier()
         state.setdefault('best', {'top1': -1.0, 'epoch': 0})
         if distributed.is_first():
-            checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite, finished=state['epoch'] >= args.epochs)
+            finished = state['epoch'] >= args.epochs
+            checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite, finished)
             self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
             write_json(self.in_folder('args.json'), self._described())
             if not os.path.exists(self.in_folder(checkpoint.BEST)):
@@ -95,8 +97,8 @@ class Run:
     def steps(self, epoch):
         """(step, `Batch`) of the batches of an epoch that are left; the step counts from the beginning of training.
 
-        Counts time, shows progress, writes the checkpoints of --checkpoint-every. Raises UserError for a loss that is not
-        finite, here or in another process, at the latest after the last batch.
+        Counts time, shows progress, writes the checkpoints of --checkpoint-every. Raises UserError for a loss that is
+        not finite, here or in another process, at the latest after the last batch.
         """
         args, batches, resumed = self.args, self.batches['train'], self.state.get('step', 0)
         self.meter = Meter(self.steps_per_epoch, batches.num_classes, batches.device)
@@ -135,8 +137,8 @@ class Run:
         part, rate = self.selection, self.learning_rate(epoch * self.steps_per_epoch)
         folders.report_skipped(self.batches, self.in_folder('skipped.txt'))
         if not math.isfinite(tested['Loss']):
-            raise UserError(f'the {part} loss became {tested["Loss"]} after epoch {epoch + 1}, at learning rate {rate:.4g}, '
-                            f'{self._last_good(epoch)}')
+            raise UserError(f'the {part} loss became {tested["Loss"]} after epoch {epoch + 1}, at learning rate '
+                            f'{rate:.4g}, {self._last_good(epoch)}')
         self.state['epoch'] = epoch + 1
         if self.logger:
             self.logger.append([epoch + 1, rate, *trained.values(), *tested.values(), self.seconds])
@@ -155,7 +157,7 @@ class Run:
         return schedule.group_rate(group, step, self.steps_per_epoch, self.args) if 'lr' in group else math.nan
 
     def save(self, name, step=0, meter=None, seconds=0.0):
-        """Write the checkpoint `name`. step: batches of the epoch that are done, which `meter` has counted in `seconds`."""
+        """Write the checkpoint `name`. step: batches of the epoch that are done, counted by `meter` in `seconds`."""
         random_states = distributed.all_gather(checkpoint.random_state())
         self.state.update(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                           random_state=random_states[0], other_random_states=random_states[1:],
@@ -203,8 +205,8 @@ class Run:
     def _described(self):
         """What args.json holds."""
         train = self.batches['train']
-        understood = {name: value for name, value in vars(self.args).items() if name not in ('given', 'inherited', 'regime')}
-        return {**understood, 'script': self.state['script'], 'as given': self.args.inherited,
+        derived = ('given', 'inherited', 'regime')
+        return {**{name: value for name, value in vars(self.args).items() if name not in derived}, 'script': self.state['script'], 'as given': self.args.inherited,
                 'network': self.state['network'], 'optimizer class': self.state['optimizer_class'],
                 'parameters': count_parameters(self.model), 'training images by class': train.class_counts,
                 'processes': distributed.world_size(), 'environment': devices.environment(train.device)}
@@ -214,8 +216,8 @@ class Run:
         bad = meter.first_bad_batch()
         if bad:
             rate = self.learning_rate(epoch * self.steps_per_epoch + bad[0])
-            raise UserError(f'the loss became {bad[1]} in epoch {epoch + 1}, batch {bad[0] + 1} of {self.steps_per_epoch}, '
-                            f'at learning rate {rate:.4g}, {self._last_good(epoch)}')
+            raise UserError(f'the loss became {bad[1]} in epoch {epoch + 1}, batch {bad[0] + 1} of '
+                            f'{self.steps_per_epoch}, at learning rate {rate:.4g}, {self._last_good(epoch)}')
 
     def _last_good(self, epoch):
         left = 'from before that' if self.args.checkpoint_every else f'as epoch {epoch} left it'
@@ -247,7 +249,7 @@ def validate(args, state, regime, parser):
 
 
 def moving_average(args, state, model, optimizer):
-    """The exponential moving average of the weights and buffers of `model` over optimizer steps, or None without --ema."""
+    """The moving average of the weights and buffers of `model` over optimizer steps, or None without --ema."""
     if not args.ema:
         return None
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
@@ -270,13 +272,13 @@ def _stop(signum, frame):
 
 
 def run_script(main):
-    """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal number after SIGINT or SIGTERM."""
+    """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal after SIGINT or SIGTERM."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
         try:
             main()
-        except (UserError, OSError) as error:  # an OSError, of a full disk or a folder that is read-only, names the file
+        except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The optimizer's options as a pure function of the position in training: nothing to save, nothing to restore wrongly."""
+"""The optimizer's options as a pure function of the position in training: nothing to save, nothing to lose."""
 import functools
 import math
 from fractions import Fraction
@@ -19,16 +19,18 @@ RATE_FLAGS = ('optimizer', 'lr', 'lr_schedule', 'schedule', 'lr_step_size', 'gam
 
 
 def add_arguments(group):
-    """The flags that decide how long and along which rates to train. Those that a model's regime may set default to None."""
+    """The flags that say how long and at which rates to train. None is the default of what a model's regime may set."""
     group.add_argument('--epochs', type=bounded(int, 1), default=300, metavar='N', help='(%(default)s)')
-    group.add_argument('--start-epoch', type=bounded(int, 0), default=0, metavar='N', help='begin the schedule there (0)')
+    group.add_argument('--start-epoch', type=bounded(int, 0), default=0, metavar='N',
+                       help='begin the schedule there (0)')
     group.add_argument('--optimizer', choices=OPTIMIZERS, help='(SGD, or as the model\'s regime says)')
     group.add_argument('--lr', '--learning-rate', type=bounded(float, 0),
                        help='highest learning rate (0.1, of other optimizers than SGD 0.001; or the regime\'s)')
     group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle'), help='(step, or the regime\'s)')
     group.add_argument('--schedule', type=bounded(int, 0), nargs='+', metavar='EPOCH',
                        help='step: when to multiply lr by --gamma (after 1/2 and 3/4 of the epochs)')
-    group.add_argument('--lr-step-size', type=bounded(int, 1), metavar='N', help='step: multiply lr by --gamma every N epochs')
+    group.add_argument('--lr-step-size', type=bounded(int, 1), metavar='N',
+                       help='step: multiply lr by --gamma every N epochs')
     group.add_argument('--gamma', type=bounded(float, 0), help='step: (0.1)')
     group.add_argument('--warmup', type=bounded(float, 0), metavar='EPOCHS',
                        help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
@@ -40,15 +42,15 @@ def add_arguments(group):
     group.add_argument('--lr-scaling', choices=('none', 'sqrt', 'linear'), default='none',
                        help='multiply lr by (batch / base batch), or by its square root (none)')
     group.add_argument('--epoch-scaling', action='store_true',
-                       help='multiply the epochs, also of schedule and warmup, by (batch / base batch): as many steps as '
-                       'with the base batch')
+                       help='multiply the epochs, also of schedule and warmup, by (batch / base batch): as many steps '
+                       'as with the base batch')
 
 
 def fill_in(args, regime, parser, default_lr=None):
     """Refuse a schedule that is invalid, and fill in what is not given.
 
-    regime: the model's, see `unrolled`. A flag wins over the setting of its name, and any flag about the learning rate over
-    all of the regime's rates. args.regime becomes a list, for each epoch the options of the optimizer, and
+    regime: the model's, see `unrolled`. A flag wins over the setting of its name, and any flag about the learning rate
+    over all of the regime's rates. args.regime becomes a list, for each epoch the options of the optimizer, and
     args.lr_schedule 'regime' if the rates are the regime's. default_lr: replaces the default rate of the optimizer.
     """
     settings = unrolled(regime, args.epochs)
@@ -82,10 +84,11 @@ def fill_in(args, regime, parser, default_lr=None):
         now.pop('optimizer', None)
         if 'momentum' not in defaults:  # the regime was written for another optimizer
             now.pop('momentum', None)
-    args.lr, args.momentum, args.weight_decay = (args.regime[0].get(name) for name in ('lr', 'momentum', 'weight_decay'))
-    if args.lr_schedule == 'regime' and args.lr <= 0:
-        parser.error(f'the regime of --arch {args.arch} must begin with a learning rate above 0, which the rates of parameter '
-                     f'groups are multiplied along with; it has {args.lr}')
+    for name in ('lr', 'momentum', 'weight_decay'):
+        setattr(args, name, args.regime[0].get(name))
+    if args.lr_schedule == 'regime' and args.lr == 0:
+        parser.error(f'the regime of --arch {args.arch} must begin with a learning rate above 0, as the rates of parameter '
+                     f'groups follow it in proportion; it has {args.lr}')
     if args.nesterov and args.optimizer != 'SGD':
         parser.error(f'--nesterov is for --optimizer SGD, not {args.optimizer}')
     if args.nesterov and args.momentum == 0:
@@ -97,9 +100,9 @@ def fill_in(args, regime, parser, default_lr=None):
 def unrolled(regime, epochs):
     """The settings of each epoch, a list of dicts.
 
-    regime: None, a dict of epoch -> settings, or a function epoch -> settings (or None); a setting holds until it is set
-    again. Settings: 'optimizer', which cannot change on the way, 'lr', 'momentum', 'weight_decay' and other options of the
-    optimizer.
+    regime: None, a dict of epoch -> settings, or a function epoch -> settings (or None); a setting holds until it is
+    set again. Settings: 'optimizer', which cannot change on the way, 'lr', 'momentum', 'weight_decay' and other
+    options of the optimizer.
     """
     setting = regime if callable(regime) else (regime or {}).get
     now, result = {}, []
@@ -125,7 +128,8 @@ def _fill_in_rate(args, stretch, parser):
     elif args.schedule is None:
         args.schedule = sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})
     elif max(args.schedule) >= args.epochs:
-        parser.error(f'--schedule {" ".join(map(str, args.schedule))} goes past the last epoch; --epochs is {args.epochs}')
+        parser.error(f'--schedule {" ".join(map(str, args.schedule))} goes past the last epoch; '
+                     f'--epochs is {args.epochs}')
     if args.warmup is None:
         args.warmup = 0.3 * args.epochs if args.lr_schedule == 'onecycle' else 0
     if args.warmup > args.epochs:
@@ -137,8 +141,8 @@ def _fill_in_rate(args, stretch, parser):
 def apply(optimizer, step, steps_per_epoch, args):
     """Set the options of `optimizer` for `step`, counted from 0 at the beginning of training.
 
-    The schedule multiplies the learning rate that each parameter group was made with. Other options follow the regime in
-    those groups that were made with its first values, and stay as they are in all others.
+    The schedule multiplies the learning rate that each parameter group was made with. Other options follow the regime
+    in those groups that were made with its first values, and stay as they are in all others.
     """
     first, now = args.regime[0], args.regime[step // steps_per_epoch]
     for group in optimizer.param_groups:
@@ -161,13 +165,14 @@ def group_rate(group, step, steps_per_epoch, args):
 
 
 def learning_rate(step, steps_per_epoch, args, highest=None):
-    """The rate for optimizer step `step` (0-based) of `args.epochs * steps_per_epoch`, with `highest`, by default args.lr:
+    """The rate at `step` (0-based) of `args.epochs * steps_per_epoch`, for `highest`, which is args.lr by default:
 
     step      highest * args.gamma ^ (milestones in args.schedule, in epochs, that are behind)
     cosine    from `highest` to 0 along half a cosine
     onecycle  up from highest / 25 to `highest`, then down to highest / 250,000, both along half a cosine
               (Smith and Topin, arXiv 1708.07120, as torch.optim.lr_scheduler.OneCycleLR, with constant momentum)
-    regime    as the regime of the model says for the epoch, in proportion to `highest`, which is its first rate by default
+    regime    as the regime of the model says for the epoch, in proportion to `highest`, which is its first rate by
+    default
 
     The first args.warmup epochs climb linearly to the rate that follows; for onecycle they are the way up.
     """

@@ -1,7 +1,8 @@
 """Architectures for photographs: torchvision's, and ResNeXts of any cardinality. `--arch` offers what is in MODELS.
 
 `build` makes one of them, with a head that can be swapped; `weights_preset` says how images are to be prepared for
-torchvision's weights. OPTION_FLAGS has the flags that set an architecture's options, REGIME how all are trained by default.
+torchvision's weights. OPTION_FLAGS has the flags that set an architecture's options, REGIME how all are trained by
+default.
 """
 import warnings
 
@@ -22,9 +23,9 @@ REGIME = {0: {'weight_decay': 1e-4}}
 
 OPTION_FLAGS = {'cardinality': '--cardinality', 'base_width': '--base-width'}
 
-# The auxiliary classifiers, and the weight of each one's cross-entropy. GoogLeNet: Szegedy et al., CVPR 2015 (arXiv 1409.4842),
-# section 5. Inception v3: Szegedy et al., CVPR 2016 (arXiv 1512.00567), section 4, gives none; 0.4 is usual, as in the
-# TensorFlow code of its authors (tensorflow/models, research/slim/train_image_classifier.py).
+# The auxiliary classifiers, and the weight of each one's cross-entropy. GoogLeNet: Szegedy et al., CVPR 2015 (arXiv
+# 1409.4842), section 5. Inception v3: Szegedy et al., CVPR 2016 (arXiv 1512.00567), section 4, gives none; 0.4 is
+# usual, as in the TensorFlow code of its authors (tensorflow/models, research/slim/train_image_classifier.py).
 AUXILIARY = {'googlenet': (('aux1', 'aux2'), 0.3), 'inception_v3': (('AuxLogits',), 0.4)}
 
 
@@ -52,8 +53,8 @@ def default_weights(arch):
 def weights_preset(arch):
     """torchvision's preprocessing for its weights of `arch`: crop_size, resize_size, mean, std, interpolation. No download.
 
-    Those of GoogLeNet and Inception v3 are for images in [-1, 1], which torchvision's networks make of others only where they are
-    built with the weights; here it is in mean and std. ValueError if there are no weights.
+    Those of GoogLeNet and Inception v3 are for images in [-1, 1], which torchvision's networks make of others only
+    where they are built with the weights; here it is in mean and std. ValueError if there are no weights.
     """
     preset = default_weights(arch).transforms()
     if arch in AUXILIARY:
@@ -64,15 +65,17 @@ def weights_preset(arch):
 def build(arch, num_classes, classifier=nn.Linear, pretrained=False, image_size=None, **options):
     """The network `arch`, an ImageClassifier; in training, one with auxiliary classifiers returns WithAuxiliary.
 
-    classifier: (in_features, num_classes) -> head; nn.Linear stands for torchvision's own last layer and its initialisation.
-    pretrained: begin with torchvision's weights. Where num_classes is another than theirs, the head and the auxiliary classifiers
-    are new; where it is the same, a head gets their last layer's weight if its own has that shape, and their bias.
-    image_size: of the images, in pixels; None is that of the weights, or torchvision's default. vit and maxvit are built for one
-    size alone, inception_v3 for at least 299, the others for any.
+    classifier: (in_features, num_classes) -> head; nn.Linear stands for torchvision's own last layer and its
+    initialisation.
+    pretrained: begin with torchvision's weights. Where num_classes is another than theirs, the head and the auxiliary
+    classifiers are new; where it is the same, a head gets their last layer's weight if its own has that shape, and
+    their bias.
+    image_size: of the images, in pixels; None is that of the weights, or torchvision's default. vit and maxvit are
+    built for one size alone, inception_v3 for at least 299, the others for any.
     options: those of resolve_options.
 
-    ValueError for an option that it does not know, weights that do not exist, an image size that cannot be, or a network
-    that does not end in a linear layer.
+    ValueError for an option that it does not know, weights that do not exist, an image size that cannot be, or a
+    network that does not end in a linear layer.
     """
     options = resolve_options(arch, options)
     weights = default_weights(arch) if pretrained else None

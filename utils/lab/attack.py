@@ -7,12 +7,13 @@ from utils.eval import cross_entropy
 class Attack:
     """(inputs, targets) -> inputs that raise the cross-entropy, each pixel at most `epsilon` from what it was and still a colour.
 
-    kind: 'fgsm' is one step of epsilon along the sign of the gradient (Goodfellow et al., ICLR 2015, arXiv 1412.6572); 'pgd'
-    begins anywhere in the cube and makes `steps` steps of 2.5 epsilon / steps, put back into it after each (Madry et al.,
-    ICLR 2018, arXiv 1706.06083). epsilon is in units of pixels between 0 and 1.
+    kind: 'fgsm' is one step of epsilon along the sign of the gradient (Goodfellow et al., ICLR 2015, arXiv 1412.6572);
+    'pgd' begins anywhere in the cube and makes `steps` steps of 2.5 epsilon / steps, put back into it after each
+    (Madry et al., ICLR 2018, arXiv 1706.06083). epsilon is in units of pixels between 0 and 1.
 
-    outputs: a function inputs -> what the model returns. mean, std: (3,), what pixels of 0 to 255 were normalised with;
-    inputs (batch, 3, height, width) are normalised, and so is the result. generator: of the random start, on their device.
+    outputs: a function inputs -> what the model returns. mean, std: (3,), what pixels of 0 to 255 were normalised
+    with; inputs (batch, 3, height, width) are normalised, and so is the result. generator: of the random start, on
+    their device.
     """
 
     def __init__(self, kind, outputs, epsilon, steps, mean, std, generator):

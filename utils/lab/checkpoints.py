@@ -98,7 +98,7 @@ def open_checkpoint(path, args, parser):
     if args.no_augment:
         if not looks_at_training and not image_batches.input_transform(asked, model):
             parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
-        asked.no_augment, asked.cutout, asked.auto_augment = True, None, None
+        asked.no_augment, asked.cutout, asked.auto_augment = True, 0, None
     if 'workers' in args.given and hasattr(script, 'uses_workers') and not script.uses_workers(asked, model):
         parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of its own')
     if getattr(args, 'perturb_batch_norm', False) and not smoothout.batch_norm_parameters(model):

@@ -10,11 +10,12 @@ class Landscape:
     """Loss and accuracy of `model` in evaluation over `batches`, at any weights. The model itself keeps its own.
 
     weights: those of the model, one vector (P,) on its device, parameter after parameter in the order of
-    named_parameters(), each in row-major order. buffers: a dict of the model's other tensors, such as BatchNorm's statistics.
-    Both are the default of the methods below. All losses are cross-entropy, the mean over the images, summed in float64.
+    named_parameters(), each in row-major order. buffers: a dict of the model's other tensors, such as BatchNorm's
+    statistics. Both are the default of the methods below. All losses are cross-entropy, the mean over the images,
+    summed in float64.
 
-    batches: a data.Batches, or anything with its length, num_classes and labels that gives (inputs, targets) the same way
-    each time. precision: 'bf16' passes under autocast, else the passes have the dtype of the weights.
+    batches: a data.Batches, or anything with its length, num_classes and labels that gives (inputs, targets) the same
+    way each time. precision: 'bf16' passes under autocast, else the passes have the dtype of the weights.
     """
 
     def __init__(self, model, batches, precision='fp32'):
@@ -40,8 +41,8 @@ class Landscape:
     def measure(self, weights=None, buffers=None, meter=None, inputs_of=None, bar=None):
         """{'Loss': mean cross-entropy, 'Top-1': percent} and with more than five classes 'Top-5'.
 
-        meter: a Meter that counts, to be asked for more. inputs_of: a function (inputs, targets) -> inputs in their place,
-        such as an attack. bar: a ProgressLine over the batches.
+        meter: a Meter that counts, to be asked for more. inputs_of: a function (inputs, targets) -> inputs in their
+        place, such as an attack. bar: a ProgressLine over the batches.
         """
         tensors = self.at(weights, buffers)
         meter = meter or Meter(len(self.batches), self.batches.num_classes, self.weights.device)
@@ -82,7 +83,8 @@ class Landscape:
     def noise(self, generator, noise='uniform', adapt='none', batch_norm=False):
         """A random direction (P,) as SmoothOut draws its noise, for ss = 1.
 
-        noise, adapt: as for SmoothOut; 'normal' and 'filter' give the filter-normalised direction of Li et al. (arXiv 1712.09913).
+        noise, adapt: as for SmoothOut; 'normal' and 'filter' give the filter-normalised direction of Li et al. (arXiv
+        1712.09913).
         batch_norm: also move BatchNorm's weights and biases. generator: on the device of the weights.
         """
         chosen = [name for name in self.shapes if batch_norm or name not in self.in_batch_norm]

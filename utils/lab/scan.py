@@ -10,7 +10,8 @@ from utils.files import replacing, write_json
 class Scan:
     """STEM.csv, a row for each point that has been measured, and STEM.json, the settings that they were measured with.
 
-    A point is a tuple of `axes` numbers, the first columns; the others are what was measured there, all with every digit.
+    A point is a tuple of `axes` numbers, the first columns; the others are what was measured there, all with every
+    digit.
     rows: point -> what was measured. UserError if the files are there with other settings, unless `overwrite`.
     """
 
