@@ -5,23 +5,22 @@ Zheng, Zhang and Mao, "Regularizing Neural Networks via Adversarial Model Pertur
     L_AMP(theta) = max over |delta| <= epsilon of L(theta + delta)
 
     delta = 0
-    inner_iter times:  delta <- delta + inner_lr * gradient at theta + delta,  shortened to epsilon where it is longer
+    inner_iter times:  delta <- delta + inner_lr * gradient at theta + delta,  shortened to epsilon if it is longer
     theta <- base optimizer's step at theta, with the gradient at theta + delta                        (algorithm 1)
 
-By default each parameter tensor has a ball of its own, as in the original code; perturbation='global' is the equation as
-it stands.
+By default each parameter tensor has its own ball, as in the original code; perturbation='global' is the equation.
 
-Use in a loop of your own:
+In your own loop:
 
     optimizer = AMP(model.parameters(), lr=0.1, epsilon=0.5, momentum=0.9)     # momentum: an option of SGD
     def closure():
         optimizer.zero_grad()
-        outputs = model(inputs)
-        loss = F.cross_entropy(outputs, targets)
+        loss = F.cross_entropy(model(images), targets)
         loss.backward()
-        return outputs, loss
-    outputs, loss = optimizer.step(closure)
+        return loss
+    loss = optimizer.step(closure)                                             # the loss of the first pass, at theta
 """
+import contextlib
 import functools
 import math
 
@@ -29,19 +28,19 @@ import torch
 
 
 class AMP(torch.optim.Optimizer):
-    """Wraps `base_optimizer`, any torch.optim class, whose options are passed on; SGD by default.
+    """Wraps `base_optimizer`, any torch.optim class, which gets `options`; SGD by default.
 
-    epsilon: radius of the ball, at least 0. inner_lr: step size in it. inner_iter: steps in it; 0 is the base optimizer.
-    perturbation: 'tensor', one ball for each parameter tensor as in the original code, or 'global', one for all of them.
-    buffers: tensors that only the first pass may change, such as model.buffers() of a model that is on its device:
-    BatchNorm's statistics then are those of the weights that are kept. Without it every pass changes them, as in the
+    epsilon: radius of the ball, at least 0. inner_lr: step size in the ball. inner_iter: number of steps in the ball;
+    0 is the base optimizer. perturbation: 'tensor', a ball for each parameter tensor, or 'global', one ball for all.
+    buffers: tensors that only the first pass may change, such as model.buffers() of a model that is already on its
+    device: BatchNorm's statistics are then the statistics at theta. By default every pass changes them, as in the
     original code.
-    local: among several processes of torch.distributed, each climbs along the gradient of its own part of the batch, which
-    saves averaging these; only the last gradient is that of all. `local_pass` tells the closure when it need not average.
+    local: each process of torch.distributed climbs along the gradient of its local batch, which saves averaging it;
+    only the last gradient is averaged. `local_pass` tells the closure when it need not average.
 
-    Raises ValueError for an option out of range. All but `perturbation`, `buffers` and `local` can be set per parameter group.
-    Groups and state are those of the base optimizer, so schedulers and state_dict work as on it. The parameters are on
-    one device, their gradients dense.
+    Raises ValueError for an option out of range. Every option except `perturbation`, `buffers` and `local` can be set
+    per parameter group. Parameter groups and state are the base optimizer's, so schedulers and state_dict work as
+    usual. All parameters are on one device, and their gradients are dense.
     """
 
     def __init__(self, params, lr, epsilon, inner_lr=1.0, inner_iter=1, perturbation='tensor', buffers=(), local=False,
@@ -58,19 +57,20 @@ class AMP(torch.optim.Optimizer):
         self.base_optimizer = base_optimizer(self.param_groups, lr=lr, **options)
         self.defaults.update(self.base_optimizer.defaults)
         self.perturbation, self.local, self.local_pass = perturbation, local, False
-        by_dtype = {}  # as one launch handles one dtype
+        by_dtype = {}  # because one kernel launch handles one dtype
         for buffer in buffers:
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
         self.buffers = list(by_dtype.values())
-        self._share()
+        self._use_base_groups()
 
-    def _share(self):
+    def _use_base_groups(self):
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
     def load_state_dict(self, state_dict):
+        """Loads a state_dict of AMP, or of the base optimizer alone."""
         self.base_optimizer.load_state_dict(state_dict)
-        self._share()
-        for group in self.param_groups:  # of the base optimizer alone, perhaps
+        self._use_base_groups()
+        for group in self.param_groups:
             group.update({**self.defaults, **group})
 
     def __getstate__(self):
@@ -79,77 +79,101 @@ class AMP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure):
-        """One step; returns what the first call of `closure` returned, which is the pass at the weights themselves.
+        """Algorithm 1; returns what the first call of `closure` returned, which is the pass at theta.
 
-        closure() clears the gradients, computes the loss, calls backward and returns what it likes. It is called
-        1 + inner_iter times. If it raises, the weights stay as they were. So they do if the length of a gradient is infinite
-        or NaN, unless inner_iter is 0; the base optimizer's state then is as after a gradient of 0. A parameter without
-        a gradient in one of the passes takes no part in the step.
+        closure() clears the gradients, computes the loss, calls backward and returns anything. It is called
+        1 + inner_iter times. If it raises, the weights stay as they were. If the length of a gradient is infinite or
+        NaN, and inner_iter is not 0, the weights stay too, and the base optimizer's state is as after a gradient of 0.
+        A parameter without a gradient in one of the passes takes no part in the step.
         """
         closure = torch.enable_grad()(closure)
-        passes = max(group['inner_iter'] for group in self.param_groups)
-        self.local_pass = self.local and passes > 0
-        result = closure()
-        taking_part = self._with_gradient()
-        if passes == 0 or not taking_part:
+        inner_iter = max(group['inner_iter'] for group in self.param_groups)
+        self.local_pass = self.local and inner_iter > 0
+        result = closure()                                                  # the gradient at theta
+        groups = [(group, [p for p in group['params'] if p.grad is not None]) for group in self.param_groups]
+        groups = [(group, params) for group, params in groups if params]
+        if inner_iter == 0 or not groups:
             self.base_optimizer.step()
             return result
 
-        groups = [(group, params) for group in self.param_groups if (params := [p for p in group['params'] if p in taking_part])]
-        weights = [p for _, params in groups for p in params]
-        saved, saved_buffers = copies(weights), [copies(tensors) for tensors in self.buffers]
-        deltas, finite = None, True
-        try:
-            for number in range(passes):
-                deltas, lengths = self._climb(groups, deltas, number)
-                finite = self._everywhere(lengths.isfinite().all() & finite)
-                torch._foreach_copy_(weights, saved)
-                torch._foreach_add_(weights, zero_unless(finite, [delta for group in deltas for delta in group]))
-                self.local_pass = self.local and number < passes - 1
-                closure()
-                taking_part &= self._with_gradient()
-        finally:
-            self.local_pass = False
-            torch._foreach_copy_(weights, saved)
-            for tensors, values in zip(self.buffers, saved_buffers):
-                torch._foreach_copy_(tensors, values)
-
-        for p in self._with_gradient() - taking_part:
-            p.grad = None
-        if taking_part:
-            gradients = [p.grad for p in taking_part]
-            finite &= torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-            zero_unless(finite, gradients)
-        self.base_optimizer.step()
-        # Momentum and weight decay move the weights even without a gradient. Here too nothing waits for the device.
-        torch._foreach_mul_(weights, finite.to(weights[0].dtype))
-        torch._foreach_add_(weights, torch._foreach_mul(saved, (~finite).to(weights[0].dtype)))
+        deltas = None
+        with self._guarded([p for _, params in groups for p in params]) as (move, back):
+            for index in range(inner_iter):
+                deltas, finite = self._climb(groups, deltas, index)
+                move(deltas, finite)                                        # to theta + delta
+                self.local_pass = self.local and index < inner_iter - 1
+                closure()                                                   # the gradient at theta + delta
+            back()                                                          # to theta
+            self.base_optimizer.step()
         return result
 
-    def _everywhere(self, finite):
-        """What decides whether there is a step must be the same in all processes, also where their gradients are not."""
+    @contextlib.contextmanager
+    def _guarded(self, weights):
+        """Gives move(deltas, finite), which moves `weights` to theta + delta, and back(), which moves them to theta.
+
+        theta is a copy, so it comes back exactly, as do the buffers, also if an exception is raised. After back() a
+        parameter that had no gradient in one of the passes has none. If a gradient is not finite, the perturbation and
+        the last gradient become 0, and at the end the weights are theta. Nothing here waits for the device.
+        """
+        theta, buffers = copies(weights), [copies(tensors) for tensors in self.buffers]
+        always_with_gradient, all_finite = set(weights), True
+
+        def restore():
+            self.local_pass = False
+            torch._foreach_copy_(weights, theta)
+            for tensors, values in zip(self.buffers, buffers):
+                torch._foreach_copy_(tensors, values)
+
+        def move(deltas, finite):
+            nonlocal all_finite
+            always_with_gradient.intersection_update([p for p in weights if p.grad is not None])
+            all_finite = self._in_all_processes(finite & all_finite)
+            torch._foreach_copy_(weights, theta)
+            torch._foreach_add_(weights, zero_unless(all_finite, [delta for group in deltas for delta in group]))
+
+        def back():
+            nonlocal all_finite
+            restore()
+            for p in (p for group in self.param_groups for p in group['params'] if p not in always_with_gradient):
+                p.grad = None
+            gradients = [p.grad for p in weights if p.grad is not None]
+            if gradients:
+                all_finite = all_finite & torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+                zero_unless(all_finite, gradients)
+
+        try:
+            yield move, back
+        except BaseException:
+            restore()
+            raise
+        # Momentum and weight decay move the weights even if the gradient is 0.
+        torch._foreach_mul_(weights, all_finite.to(weights[0].dtype))
+        torch._foreach_add_(weights, torch._foreach_mul(theta, (~all_finite).to(weights[0].dtype)))
+
+    def _in_all_processes(self, finite):
+        """Whether `finite` is true in every process, so that either all of them step or none does."""
         if self.local and torch.distributed.is_available() and torch.distributed.is_initialized():
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         return finite.bool()
 
-    def _with_gradient(self):
-        return {p for group in self.param_groups for p in group['params'] if p.grad is not None}
-
-    def _climb(self, groups, deltas, number):
-        """One inner step: each group's perturbations, and the lengths (tensors,) that they had before they were shortened."""
-        rates = [group['inner_lr'] if number < group['inner_iter'] else 0.0 for group, _ in groups]
+    def _climb(self, groups, deltas, index):
+        """Inner step `index`: each group's list of deltas, and whether their lengths were finite (0-d bool tensor)."""
+        rates = [group['inner_lr'] if index < group['inner_iter'] else 0.0 for group, _ in groups]
         if deltas is None:
             deltas = [torch._foreach_mul([p.grad for p in params], rate) for (_, params), rate in zip(groups, rates)]
         else:
             for (_, params), delta, rate in zip(groups, deltas, rates):
-                torch._foreach_add_(delta, [p.grad if p.grad is not None else torch.zeros_like(p) for p in params], alpha=rate)
+                gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+                torch._foreach_add_(delta, gradients, alpha=rate)
         lengths = [torch.stack(torch._foreach_norm(delta)) for delta in deltas]
-        whole = torch.linalg.vector_norm(torch.cat(lengths))
+        all_lengths = torch.cat(lengths)
+        if self.perturbation == 'global':
+            lengths = [torch.linalg.vector_norm(all_lengths)] * len(groups)
         for (group, _), delta, length in zip(groups, deltas, lengths):
-            factor = (group['epsilon'] / ((whole if self.perturbation == 'global' else length) + 1e-12)).clamp(max=1)
-            torch._foreach_mul_(delta, factor if self.perturbation == 'global' else factor.unbind())
-        return deltas, torch.cat(lengths)
+            factor = (group['epsilon'] / (length + 1e-12)).clamp(max=1)
+            torch._foreach_mul_(delta, factor.unbind() if factor.dim() else factor)
+        return deltas, all_lengths.isfinite().all()
 
 
 def copies(tensors):
@@ -157,41 +181,44 @@ def copies(tensors):
 
 
 def zero_unless(finite, tensors):
-    """Set all of `tensors` to 0 in place if the 0-d bool tensor `finite` is false, without waiting to know it; returns them."""
-    # NaN * 0 is NaN, but the bits of a NaN times 0 are those of 0.
-    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """Sets `tensors` to 0 in place if `finite` (0-d bool tensor) is false, without waiting for it; returns them."""
+    # NaN * 0 is NaN, but the bits of a NaN, read as a whole number, times 0 are the bits of 0.
+    dtypes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     for size in {tensor.element_size() for tensor in tensors}:
-        bits = [tensor.view(whole_numbers[size]) for tensor in tensors if tensor.element_size() == size]
-        torch._foreach_mul_(bits, finite.to(whole_numbers[size]))
+        bits = [tensor.view(dtypes[size]) for tensor in tensors if tensor.element_size() == size]
+        torch._foreach_mul_(bits, finite.to(dtypes[size]))
     return tensors
 
 
 def add_arguments(parser):
-    parser.add_argument('--epsilon', type=float, default=0.5, metavar='E', help='radius of the ball of perturbations (0.5)')
-    parser.add_argument('--inner-lr', type=float, default=1.0, metavar='LR', help='step size in the ball (1)')
-    parser.add_argument('--inner-iter', type=int, default=1, metavar='N', help='steps in the ball; 0 is plain SGD (1)')
-    parser.add_argument('--perturbation', choices=('tensor', 'global'), default='tensor',
-                        help='a ball for each parameter tensor, or one for all (tensor)')
-    parser.add_argument('--perturbed-statistics', action='store_true',
-                        help='BatchNorm statistics also from the perturbed passes, as the original code')
-    parser.add_argument('--local-perturbation', action='store_true',
-                        help='of several processes each climbs along the gradient of its own images, which saves averaging it')
+    flag = parser.add_argument
+    flag('--epsilon', type=float, default=0.5, metavar='E', help='radius of the ball of perturbations (0.5)')
+    flag('--inner-lr', type=float, default=1.0, metavar='LR', help='step size in the ball (1)')
+    flag('--inner-iter', type=int, default=1, metavar='N', help='number of steps in the ball; 0 is plain SGD (1)')
+    flag('--perturbation', choices=('tensor', 'global'), default='tensor',
+         help='a ball for each parameter tensor, or one ball for all (tensor)')
+    flag('--perturbed-statistics', action='store_true',
+         help='BatchNorm statistics also from the perturbed passes, as in the original code')
+    flag('--local-perturbation', action='store_true',
+         help='each of several processes climbs along the gradient of its own images, which saves averaging it')
 
 
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if 'local_perturbation' in args.given and not distributed:
+        raise ValueError('--local-perturbation needs several processes, but torchrun did not start this one')
     unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics', 'local_perturbation'} & args.given
-    if 'local_perturbation' in args.given and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError('--local-perturbation is for several processes, and torchrun did not start this one')
     if args.inner_iter == 0 and unused:
-        raise ValueError(f'--{sorted(unused)[0].replace("_", "-")} does nothing with --inner-iter 0, which is plain SGD')
+        flag = f'--{min(unused).replace("_", "-")}'
+        raise ValueError(f'{flag} does nothing with --inner-iter 0, which is plain SGD')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
-                             perturbation=args.perturbation, buffers=() if args.perturbed_statistics else model.buffers(),
-                             local=args.local_perturbation)
+                             perturbation=args.perturbation, local=args.local_perturbation,
+                             buffers=() if args.perturbed_statistics else model.buffers())
 
 
 if __name__ == '__main__':
-    # f(w) = min(50 w^2, (w - 2)^2 + 0.1) has a sharp minimum at 0 and a flat, higher one at 2; look from beside each
+    # f(w) = min(50 w^2, (w - 2)^2 + 0.1) has a sharp minimum at 0 and a flat, higher one at 2. Look from near each.
     for start in (0.01, 2.01):
         w = torch.nn.Parameter(torch.tensor([start]))
         example, losses = AMP([w], lr=0.0, epsilon=0.1, inner_iter=3), []
@@ -204,4 +231,5 @@ if __name__ == '__main__':
             return loss
 
         example.step(closure)
-        print(f'at {start}: loss {losses[0]:.3f}, and on the way to the worst within 0.1:', [round(loss, 3) for loss in losses[1:]])
+        losses = [round(loss, 3) for loss in losses]
+        print(f'at {start}: loss {losses[0]:.3f}, and on the way to the worst within 0.1:', losses[1:])

@@ -80,7 +80,8 @@ def parse_arguments():
         parser.error(str(error))
     validate(args, state, model.regime, parser)
     if 'workers' in args.given and not uses_workers(args, model):
-        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of its '
+        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of '
+                     'its '
                      'own')
     return args, state
 
@@ -245,7 +246,8 @@ def make_batches(args, state, part, split, device, transforms={}):
         augment = {'padding': 4 if move else 0, 'flip': known.flip and move, 'cutout': args.cutout}
     if isinstance(split, own_dataset.LazySplit):
         if transforms:
-            raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its own '
+            raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its '
+                            'own '
                             'cannot be trained on; give --no-augment')
         one_by_one = folders.small_image_transform(**augment, transform=transform, mean=state['mean'])
         return folders.ImageBatches(split, state['mean'], state['std'], batch_size, device, one_by_one, args.workers)

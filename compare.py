@@ -23,9 +23,11 @@ from utils.metrics import plus_minus, spread
 from utils.run import run_script
 
 # Column -> format of its number. Of those in SECOND there are two: the mean, and what is called so.
-COLUMNS = {'setting': '', 'n': 'd', 'last epoch': '.2f', 'chosen by validation': '.2f', 'best, chosen by test set': '.2f',
+COLUMNS = {'setting': '', 'n': 'd', 'last epoch': '.2f', 'chosen by validation': '.2f',
+           'best, chosen by test set': '.2f',
            'at epoch': '.1f', 'difference': '+.2f', 'parameters (M)': '.2f', 'seconds per epoch': '.1f'}
-SECOND = {'last epoch': 'std', 'chosen by validation': 'std', 'best, chosen by test set': 'std', 'difference': 'standard error'}
+SECOND = {'last epoch': 'std', 'chosen by validation': 'std', 'best, chosen by test set': 'std',
+          'difference': 'standard error'}
 ENVIRONMENT = ('commit', 'torch', 'device')
 
 
@@ -98,11 +100,13 @@ def hashable(value):
 
 def parse_arguments():
     parser = Parser(prog='compare.py', usage='python compare.py checkpoints/* [flags]',
-                    description='One row per setting, over all of its seeds, from the folders that cifar.py and imagenet.py write.')
+                    description='One row per setting, over all of its seeds, from the folders that cifar.py and '
+                                'imagenet.py write.')
     parser.add_argument('folders', nargs='*', metavar='DIR', help='runs, or folders with runs somewhere below them')
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--markdown', action='store_true', help='print a Markdown table')
-    group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to stderr')
+    group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
+                                                          'stderr')
     parser.add_argument('--plot', metavar='FILE', help='draw top-1 accuracy over epochs into a .png or .pdf')
     args = parser.parse_args()
     if not args.folders:
@@ -124,7 +128,8 @@ def main():
     settings = in_order(runs, flags)
     shared, names = name_settings([own[0].setting for own in settings], flags)
     plain = {flags.without_methods(own[0].setting): own for own in settings if own[0].setting['method'] == ()}
-    rows = [summarise(name, own, plain.get(flags.without_methods(own[0].setting))) for name, own in zip(names, settings)]
+    rows = [summarise(name, own, plain.get(flags.without_methods(own[0].setting))) for name,
+            own in zip(names, settings)]
     columns = [column for column in COLUMNS if any(row[column] is not None for row in rows)]
     if args.csv:
         write_csv(rows, columns, shared)
@@ -178,7 +183,8 @@ def read_runs(folders, flags):
 def script_of(folder):
     """The script that a run is of, or None if its args.json cannot tell."""
     try:
-        script = read_json(folder, 'args.json').get('script', 'cifar.py')  # the only one when it was not yet written down
+        # the only one when it was not yet written down
+        script = read_json(folder, 'args.json').get('script', 'cifar.py')
     except (OSError, ValueError, AttributeError):
         return None
     return script if script in SCRIPTS else None
@@ -198,7 +204,8 @@ def read_run(folder, flags):
     if not math.isfinite(top1 + best):
         raise ValueError(f'top-1 in result.json is {top1}, the best {best}')
     environment = args.get('environment') or {}  # which runs of before it was written do not have
-    return Run(folder, setting, args['seed'], {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
+    return Run(folder, setting, args['seed'], {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT},
+               curve,
                result['chosen by'] == 'validation', top1, best, int(result['best']['epoch']), int(result['parameters']),
                float(result['seconds per epoch']))
 
@@ -212,7 +219,9 @@ def read_json(folder, name):
 
 
 def read_curve(folder):
-    """Epoch -> top-1 on the test or validation set, from log.txt. A last row that was not written to its end is left out."""
+    """Epoch -> top-1 on the test or validation set, from log.txt. A last row that was not written to its end is left
+    out.
+    """
     with open(os.path.join(folder, 'log.txt'), errors='replace') as file:
         rows = [line.rstrip('\n').split('\t') for line in file if line.endswith('\n')]
     names = rows.pop(0) if rows else []
@@ -232,16 +241,21 @@ def read_curve(folder):
 
 
 def in_order(runs, flags):
-    """A list of runs for each setting. Settings that share all but the method stand together, the one without a method first."""
+    """A list of runs for each setting. Settings that share all but the method stand together, the one without a method
+    first.
+    """
     settings = collections.defaultdict(list)
     for one in runs:
         settings[frozenset(one.setting.items())].append(one)
     names = sorted(flags.names([one.setting for one in runs]), key=lambda name: name in flags.of_methods)
 
     def comparable(name, value):
-        """A flag left open comes first, then its choices in the order of --help, numbers by size, words by the alphabet."""
+        """A flag left open comes first, then its choices in the order of --help, numbers by size, words by the
+        alphabet.
+        """
         choices = flags.choices.get(name, [])
-        return [(0,) if each is None else (1, choices.index(each)) if each in choices else (2 + isinstance(each, str), each)
+        return [(0,) if each is None else (1, choices.index(each)) if each in choices
+                else (2 + isinstance(each, str), each)
                 for each in (value if isinstance(value, tuple) else [value])]
 
     return sorted(settings.values(), key=lambda own: [comparable(name, own[0].setting.get(name)) for name in names])
@@ -252,7 +266,8 @@ def name_settings(settings, flags):
     names = flags.names(settings)
     # Where a method is not selected its flags count as their defaults, so that they show only in the rows that have
     # others.
-    differing = [name for name in names if len({setting.get(name, flags.defaults.get(name)) for setting in settings}) > 1]
+    differing = [name for name in names if len({setting.get(name, flags.defaults.get(name))
+                                                for setting in settings}) > 1]
     alike = {name: value for setting in settings for name, value in setting.items() if name not in differing}
     shared = [name for name in names if name in ('dataset', 'arch') or alike.get(name) != flags.defaults.get(name)]
     differing.sort(key=lambda name: name not in flags.of_methods)
@@ -296,7 +311,8 @@ def print_table(rows, columns, shared, markdown):
         lines = ['   '.join(map(str.ljust, line, widths)).rstrip() for line in (columns, *cells)]
     print(f'all: {shared}\n', *lines, sep='\n')
     note = '; difference to the same flags without a method +- its standard error' if 'difference' in columns else ''
-    print(f'\nTop-1 test accuracy in percent: mean +- standard deviation over n seeds{note}.', end='\n\n' if markdown else '\n')
+    print(f'\nTop-1 test accuracy in percent: mean +- standard deviation over n seeds{note}.', end='\n\n' if markdown
+          else '\n')
 
 
 def as_text(value, column):
@@ -320,7 +336,9 @@ def write_csv(rows, columns, shared):
 
 
 def plot(path, settings, names, shared):
-    """Draw the mean over seeds of top-1 against the epochs that all of them have, with a band of one standard deviation."""
+    """Draw the mean over seeds of top-1 against the epochs that all of them have, with a band of one standard
+    deviation.
+    """
     from matplotlib.figure import Figure  # a second of import time that a table should not pay
 
     figure = Figure(figsize=(9, 6), layout='constrained')

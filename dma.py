@@ -2,14 +2,14 @@
 
 "DMA Regularization: Enhancing Discriminability of Neural Networks by Decreasing the Minimal Angle".
 
-    cosine_ij = x_i . w_j / (|x_i| |w_j|)              w held constant: the term moves features, not weights
+    cosine_ij = x_i . w_j / (|x_i| |w_j|)              w is held constant: the term moves features, not weights
     theta_i   = arccos(max_j cosine_ij)                the smallest angle to any class, true or not
     dma_loss  = mean_i 1/2 theta_i^2
     loss      = cross_entropy(x W^T + b, targets) + coef * dma_loss
 
-Use in a loop of your own:
+In your own loop:
 
-    head = DMA_Linear(512, 10)                         # in place of nn.Linear(512, 10)
+    head = DMA_Linear(512, 10)                         # instead of nn.Linear(512, 10)
     logits, cosine = head(features)
     loss = F.cross_entropy(logits, targets) + 0.5 * dma_loss(cosine)
 """
@@ -19,19 +19,19 @@ from torch import nn
 
 
 class DMA_Linear(nn.Linear):
-    """A linear layer that also says how near, in angle, its input is to each of its weight rows.
+    """A linear layer that also returns the cosine of the angle between its input and each of its weight rows.
 
     forward(x, targets=None), in training and in evaluation, with x (batch, in_features), returns
-        logits  (batch, out_features)  x W^T + b, in the dtype that nn.Linear would give
+        logits  (batch, out_features)  x W^T + b, in the dtype of nn.Linear
         cosine  (batch, out_features)  in [-1, 1] up to rounding, float32 at least, also under autocast
     The bias is not part of the angle, `targets` are not used, and no gradient reaches the weight through cosine.
-    A zero vector has cosine 0 to everything, and gradient 0.
+    A zero vector has cosine 0 to every other vector, and gradient 0.
     """
 
     def forward(self, x, targets=None):
         logits = super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            # bfloat16 would round every angle under 3.6 degrees to 0
+            # bfloat16 would round every angle below 3.6 degrees to 0.
             cosine = F.linear(unit_rows(x), unit_rows(self.weight.detach()))
         return logits, cosine
 
@@ -39,11 +39,12 @@ class DMA_Linear(nn.Linear):
 def dma_loss(cosine):
     """mean over the batch of 1/2 theta^2, in squared radians, where theta = arccos(max over classes of cosine).
 
-    cosine: (batch, classes), of any floating dtype. Returns a scalar in [0, pi^2 / 2], 0 for an empty batch.
+    cosine: (batch, classes), of any floating dtype. Returns a scalar in [0, pi^2 / 2]; 0 for an empty batch.
     Raises ValueError if cosine has another shape.
     """
     if cosine.dim() != 2 or cosine.shape[1] == 0:
-        raise ValueError(f'dma_loss takes cosines (batch, classes) with at least one class, was given {tuple(cosine.shape)}')
+        raise ValueError(f'dma_loss takes cosines (batch, classes) with at least one class, '
+                         f'was given {tuple(cosine.shape)}')
     nearest = cosine.to(at_least_float32(cosine)).max(dim=1).values
     return _HalfSquaredAngle.apply(nearest).sum() / max(len(nearest), 1)
 
@@ -51,8 +52,8 @@ def dma_loss(cosine):
 class _HalfSquaredAngle(torch.autograd.Function):
     """f(c) = 1/2 arccos(c)^2, with f'(c) = -theta / sin(theta), whose limit at c = 1 is -1.
 
-    The chain rule through arccos gives 0 * inf there. At c = -1 the slope really is infinite; sin(theta) is kept at
-    or above the rounding error of the cosine, which leaves it finite.
+    The chain rule through arccos gives 0 * inf there. At c = -1 the slope is infinite, so sin(theta) is kept at or
+    above the square root of the rounding error of c, which makes the slope finite.
     """
 
     @staticmethod

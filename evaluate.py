@@ -32,7 +32,8 @@ def pixels(text):
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'must be a share of the way from black to white, from 0 to 1, such as 8/255, was given {text}')
+        raise argparse.ArgumentTypeError('must be a share of the way from black to white, from 0 to 1, such as '
+                                         f'8/255, was given {text}')
     return value
 
 
@@ -45,7 +46,8 @@ def parse_arguments():
     group = parser.add_argument_group('under attack')
     group.add_argument('--attack', choices=('fgsm', 'pgd'), help='on the images, each pixel by at most --attack-eps')
     group.add_argument('--attack-eps', type=pixels, default=8 / 255, metavar='E', help='with white - black = 1 (8/255)')
-    group.add_argument('--attack-steps', type=bounded(int, 1), default=10, metavar='N', help='of pgd, 2.5 eps / N each (10)')
+    group.add_argument('--attack-steps', type=bounded(int, 1), default=10, metavar='N',
+                       help='of pgd, 2.5 eps / N each (10)')
     args = parser.parse_args()
     for name, flags in NEEDING.items():
         for flag in flags if getattr(args, name) is None else ():
@@ -60,7 +62,8 @@ def parse_arguments():
 def main():
     args, subject = parse_arguments()
     if args.attack and input_transform(subject.args, subject.model):
-        raise UserError(f'--attack needs to know the pixels, and {subject.path} has a model that transforms its images itself; '
+        raise UserError(f'--attack needs to know the pixels, and {subject.path} has a model that transforms its '
+                        'images itself; '
                         'give --no-augment to evaluate it on the images as they are')
     batches = checkpoints.images_of(subject, args.mode, args)
     landscape = checkpoints.landscape(subject, batches)
@@ -92,7 +95,8 @@ def under_noise(landscape, args):
     spread = {name: metrics.spread([draw[name] for draw in draws]) for name in draws[0]}
     words = [f'{name.lower()} {metrics.plus_minus(*values, ".4f" if name == "Loss" else ".2f")}{"%" * (name != "Loss")}'
              for name, values in spread.items()]
-    return ' '.join([f'ss {args.ss:g} {args.noise_type}, adapt {args.adapt_type}, {args.draws} draw{"s" * (args.draws > 1)} |', *words])
+    return ' '.join([f'ss {args.ss:g} {args.noise_type}, adapt {args.adapt_type}, {args.draws} '
+                     f'draw{"s" * (args.draws > 1)} |', *words])
 
 
 def under_attack(landscape, args):

@@ -230,7 +230,8 @@ def check_classes(args, state, classes):
     if args.evaluate and not state:
         known = len(models.default_weights(args.arch).meta['categories'])
         if known != len(classes):
-            raise UserError(f"--evaluate --pretrained tests torchvision's weights of {args.arch}, which know {known} classes, "
+            raise UserError(f"--evaluate --pretrained tests torchvision's weights of {args.arch}, which know {known} "
+                            "classes, "
                             f'but {args.data} has {len(classes)}')
 
 

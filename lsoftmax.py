@@ -2,19 +2,22 @@
 
 Liu, Wen, Yu and Yang, "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016 (arXiv 1612.02295).
 
-    logit_j = |w_j| |x| cos(theta_j) = w_j . x                                       for every class, in evaluation
+    logit_j = |w_j| |x| cos(theta_j) = w_j . x                                       for every class j
     logit_y = |w_y| |x| (psi(theta_y) + beta cos(theta_y)) / (1 + beta)              for the target y, in training
     psi(theta) = (-1)^k cos(m theta) - 2 k   for theta in [k pi/m, (k+1) pi/m], k = 0 .. m-1      (equation 6)
 
-m is `margin`; m = 1 is plain softmax. beta (lambda in section 5.1) begins large, which is plain softmax as well, and falls
-once per optimizer step. Use in a loop of your own:
+m is `margin`; m = 1 is plain softmax. beta (lambda in section 5.1) is large at first, which is plain softmax too, and
+falls at every optimizer step.
 
-    head = LSoftmaxLinear(512, 10, margin=4)           # in place of nn.Linear(512, 10)
-    logits = head(features, targets)                   # in evaluation head(features)
-    loss = F.cross_entropy(logits, targets)            # to count accuracy: head.without_margin(logits), before another pass
+In your own loop:
+
+    head = LSoftmaxLinear(512, 10, margin=4)           # instead of nn.Linear(512, 10)
+    logits = head(features, targets)                   # in evaluation: head(features)
+    plain_logits = head.without_margin(logits)         # for the training accuracy; call it before the next forward pass
+    loss = F.cross_entropy(logits, targets)
     ...
     optimizer.step()
-    head.after_step()                                  # beta falls; without this line it stays where it is
+    head.after_step()                                  # beta falls; without this line it stays as it is
 """
 import functools
 import math
@@ -27,12 +30,13 @@ from torch import nn
 class LSoftmaxLinear(nn.Linear):
     """A linear layer without bias, weight (out_features, in_features), whose target logits have a margin in training.
 
-    margin: whole number m of at least 1. beta: its first value; `after_step()` multiplies it by `beta_decay`, and
-    what is used is never below `beta_min`. beta is a 0-d buffer, saved with the weight.
+    margin: the whole number m, at least 1. beta: its first value; `after_step()` multiplies it by `beta_decay`, and
+    `forward` uses beta or `beta_min`, whichever is larger. beta is a 0-d buffer, saved together with the weight.
 
     forward(x, targets=None), with x (batch, in_features) and targets (batch,), returns logits (batch, out_features),
-    float32 at least, also under autocast. In evaluation they are x W^T, whether there are targets or not; training
-    without targets raises ValueError, as does an option out of range. A zero vector has cosine 0 and finite gradients.
+    float32 at least, also under autocast. In evaluation they are x W^T, with or without targets.
+    Raises ValueError for training without targets and for an option out of range. A zero vector has cosine 0 and
+    finite gradients.
     """
 
     def __init__(self, in_features, out_features, margin=4, beta=100.0, beta_decay=0.99, beta_min=0.0):
@@ -54,30 +58,30 @@ class LSoftmaxLinear(nn.Linear):
                              'for plain logits use head.eval()')
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round every angle under 3.6 degrees to 0
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round every angle below 3.6 degrees to 0
             if not self.training:
                 return F.linear(x, weight)
             logits, plain, length = _LinearWithTarget.apply(x, weight, targets)
             margined = self._with_margin(plain, length * torch.linalg.vector_norm(x, dim=1))
-            # In place: with very many classes a second (batch, classes) tensor would be what fills the memory.
+            # In place, because with very many classes a second (batch, classes) tensor would fill the memory.
             logits.scatter_(1, targets[:, None], margined[:, None])
             self._last = targets, plain.detach()
             return logits
 
     def _with_margin(self, dot, lengths):
-        """The target's logit from w.x and |w||x|, both (batch,)."""
-        apart = lengths > torch.finfo(lengths.dtype).tiny
-        cosine = dot / torch.where(apart, lengths, torch.inf)
+        """The target's logit (batch,), from w.x and |w||x|, both (batch,)."""
+        not_zero = lengths > torch.finfo(lengths.dtype).tiny
+        cosine = dot / torch.where(not_zero, lengths, torch.inf)
         k = (torch.arccos(cosine.detach().clamp(-1, 1)) * (self.margin / math.pi)).floor().clamp(max=self.margin - 1)
         psi = (1 - 2 * (k % 2)) * chebyshev(cosine, self.margin) - 2 * k
         beta = self.beta.clamp(min=self.beta_min)
         return (lengths * psi + beta * dot) / (1 + beta)
 
     def without_margin(self, logits):
-        """x W^T, detached, from the logits that the last training forward returned; in evaluation the logits as they are.
+        """x W^T, detached, from the logits of the last training forward; in evaluation the logits as they are.
 
-        What says whether a sample is right: its target may have the largest cosine and still lack the margin. In a
-        closure that an optimizer runs several times, call it there, right after the forward pass.
+        Compute the training accuracy from these: a correct sample may lack only the margin. If an optimizer runs a
+        closure several times, call this in the closure, right after the forward pass.
         """
         if self._last is None:
             return logits.detach()
@@ -85,7 +89,7 @@ class LSoftmaxLinear(nn.Linear):
         return logits.detach().scatter(1, targets[:, None], plain[:, None])
 
     def after_step(self):
-        """Call once after each optimizer step."""
+        """Multiplies beta by its decay; call it once after each optimizer step."""
         self.beta.mul_(self.beta_decay)
 
     def extra_repr(self):
@@ -93,17 +97,17 @@ class LSoftmaxLinear(nn.Linear):
 
 
 def chebyshev(cosine, m):
-    """cos(m theta) as a polynomial of cos(theta) (equation 7), which unlike cos(m arccos) has a finite slope at 0 and pi."""
-    before, value = torch.ones_like(cosine), cosine
+    """cos(m theta) as a polynomial of cos(theta) (equation 7), whose slope is finite also where theta is 0 or pi."""
+    previous, value = torch.ones_like(cosine), cosine
     for _ in range(m - 1):
-        before, value = value, 2 * cosine * value - before
+        previous, value = value, 2 * cosine * value - previous
     return value
 
 
 class _LinearWithTarget(torch.autograd.Function):
     """x W^T (batch, classes), and for the target alone w.x and |w|, each (batch,).
 
-    Apart, each of the three would have a gradient as large as the weight; here all are added into one.
+    As separate operations each of the three would have a gradient of the size of the weight; here they share one.
     """
 
     @staticmethod
@@ -131,14 +135,13 @@ class _LinearWithTarget(torch.autograd.Function):
 class LargeMarginSoftmaxLoss(nn.Module):
     """Cross-entropy of LSoftmaxLinear: (features (batch, in_features), targets (batch,)) -> scalar.
 
-    For a network that ends in features, as loss functions with a classifier of their own are used: give its
-    parameters to the optimizer too, and call `after_step()` after each step. `head` is the classifier; the further
-    arguments are its own.
+    For a network that ends in features. Its classifier, `head`, is LSoftmaxLinear(in_features, num_classes, margin,
+    **beta_settings): give its parameters to the optimizer too, and call `after_step()` after each step.
     """
 
-    def __init__(self, in_features, num_classes, margin=4, **options):
+    def __init__(self, in_features, num_classes, margin=4, **beta_settings):
         super().__init__()
-        self.head = LSoftmaxLinear(in_features, num_classes, margin, **options)
+        self.head = LSoftmaxLinear(in_features, num_classes, margin, **beta_settings)
 
     def forward(self, features, targets):
         return F.cross_entropy(self.head(features, targets), targets)
@@ -148,21 +151,23 @@ class LargeMarginSoftmaxLoss(nn.Module):
 
 
 def add_arguments(parser):
-    parser.add_argument('--margin', type=int, default=4, metavar='M', help='the angle is multiplied by this (4)')
-    parser.add_argument('--beta', type=float, default=100.0, metavar='B', help='weight of the plain logit at first (100)')
-    parser.add_argument('--beta-decay', type=float, default=0.99, metavar='F', help='factor on beta at every step (0.99)')
-    parser.add_argument('--beta-min', type=float, default=0.0, metavar='B', help='beta does not count as less (0)')
+    flag = parser.add_argument
+    flag('--margin', type=int, default=4, metavar='M', help='factor on the angle to the target (4)')
+    flag('--beta', type=float, default=100.0, metavar='B', help='weight of the plain logit at first (100)')
+    flag('--beta-decay', type=float, default=0.99, metavar='F', help='factor on beta at every step (0.99)')
+    flag('--beta-min', type=float, default=0.0, metavar='B', help='smallest beta that is used (0)')
 
 
-FIRST_VALUES = {'beta'}  # a checkpoint has the beta that was reached
-CLASS_TARGETS = True  # one class for each image has the margin
+FIRST_VALUES = {'beta'}  # a resumed run takes beta from the checkpoint
+CLASS_TARGETS = True  # the margin is for one class of each image
 
 
 def head(args):
     """`args` -> (in_features, num_classes) -> module."""
     unused = {'beta', 'beta_decay', 'beta_min'} & args.given
     if args.margin == 1 and unused:
-        raise ValueError(f'--{sorted(unused)[0].replace("_", "-")} does nothing with --margin 1, which is plain softmax')
+        flag = f'--{min(unused).replace("_", "-")}'
+        raise ValueError(f'{flag} does nothing with --margin 1, which is plain softmax')
     if 'beta' in args.given and 0 <= args.beta < args.beta_min:
         raise ValueError(f'--beta {args.beta:g} does nothing below --beta-min {args.beta_min:g}')
     return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,

@@ -40,17 +40,20 @@ from utils.run import run_script
 
 
 def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
-    """Keskar's sharpness by his search; in the whole space also by steps from corner to corner of the box, which often find more.
+    """Keskar's sharpness by his search; in the whole space also by steps from corner to corner of the box, which often
+    find more.
 
     With `manifolds`, that many dimensions, the mean and deviation over `times` random manifolds.
     """
     if not manifolds:
         reach = box_epsilon * (landscape.weights.abs() + 1)
-        before, rises = climb(landscape, lambda gradient: reach * gradient.sign(), torch.zeros_like(reach), box_iterations)
+        before, rises = climb(landscape, lambda gradient: reach * gradient.sign(), torch.zeros_like(reach),
+                              box_iterations)
         corner = {'sharpness': 100 * highest(rises) / (1 + before), 'each step': rises}
         return {**box_sharpness(landscape, box_epsilon, box_iterations), 'corners': corner}
     if manifolds > len(landscape.weights):
-        raise UserError(f'--manifolds must be at most the number of parameters, {len(landscape.weights)}, was given {manifolds}')
+        raise UserError(f'--manifolds must be at most the number of parameters, {len(landscape.weights)}, was given '
+                        f'{manifolds}')
     each = []
     for index in range(times):
         rows = torch.randn(manifolds, len(landscape.weights), generator=seeded_generator(seed, index))
@@ -60,7 +63,8 @@ def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
 
 
 def box_sharpness(landscape, epsilon=1e-3, iterations=10, manifold=None):
-    """By `iterations` of bounded L-BFGS from w. A dict: 'sharpness' in percent, 'loss', 'worst loss', and how the search went.
+    """By `iterations` of bounded L-BFGS from w. A dict: 'sharpness' in percent, 'loss', 'worst loss', and how the
+    search went.
 
     manifold: (N, P), the rows of A^+ before each is divided by its length; None is the whole space. The search is in
     float64, the loss in the precision of the landscape.
@@ -82,21 +86,25 @@ def box_sharpness(landscape, epsilon=1e-3, iterations=10, manifold=None):
     start, reach = start.double().cpu().numpy(), reach.cpu().numpy()
     before = -minus_loss(start)[0]
     # SciPy's own tolerances would end the search at its start where a network fits its images and all slopes are small.
-    found = scipy.optimize.minimize(minus_loss, start, jac=True, method='L-BFGS-B', bounds=np.stack((start - reach, start + reach), axis=1),
+    found = scipy.optimize.minimize(minus_loss, start, jac=True, method='L-BFGS-B',
+                                    bounds=np.stack((start - reach, start + reach), axis=1),
                                     options={'maxiter': iterations, 'gtol': 0.0, 'ftol': 0.0})
     return {'sharpness': 100 * (-found.fun - before) / (1 + before), 'loss': before, 'worst loss': -float(found.fun),
             'iterations': found.nit, 'gradients': found.nfev + 1, 'ended': str(found.message)}
 
 
 def ball(landscape, seed, ball_epsilon, ball_steps):
-    """The largest rise of the loss; each step is AMP's inner step, at a length that takes every tensor to its radius."""
+    """The largest rise of the loss; each step is AMP's inner step, at a length that takes every tensor to its radius.
+    """
     def at_radius(vector):
         # In float64: the squares of the small slopes at a good minimum vanish in float32.
-        pieces = [F.normalize(piece.flatten().double(), dim=0, eps=1e-300) for piece in landscape.tensors(vector).values()]
+        pieces = [F.normalize(piece.flatten().double(), dim=0, eps=1e-300)
+                  for piece in landscape.tensors(vector).values()]
         return ball_epsilon * torch.cat(pieces).to(vector)
 
     # The first begins beside w, as a gradient of exactly zero has no direction.
-    beside = 1e-3 * at_radius(torch.randn(len(landscape.weights), generator=seeded_generator(seed)).to(landscape.weights))
+    beside = 1e-3 * at_radius(torch.randn(len(landscape.weights),
+                                          generator=seeded_generator(seed)).to(landscape.weights))
     _, rises = climb(landscape, at_radius, beside, ball_steps)
     return {'rise': highest(rises), 'each step': rises}
 
@@ -129,13 +137,15 @@ def noise(landscape, seed, ss, noise_type, adapt_type, perturb_batch_norm, draws
 
 
 def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
-    """The `eigenvalue_count` largest, in descending order, from products of the Hessian with vectors (ARPACK's Lanczos method).
+    """The `eigenvalue_count` largest, in descending order, from products of the Hessian with vectors (ARPACK's Lanczos
+    method).
 
     Unlike power iteration it finds those that are largest with their sign, and several from the same products.
     """
     size, products = len(landscape.weights), 0
     if eigenvalue_count >= size:
-        raise UserError(f'--eigenvalue-count must be less than the number of parameters, {size}, was given {eigenvalue_count}')
+        raise UserError(f'--eigenvalue-count must be less than the number of parameters, {size}, was given '
+                        f'{eigenvalue_count}')
 
     def product(vector):
         nonlocal products
@@ -145,9 +155,11 @@ def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
     hessian = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=np.float64)
     start = torch.randn(size, generator=seeded_generator(seed)).double().numpy()
     try:
-        values = scipy.sparse.linalg.eigsh(hessian, eigenvalue_count, which='LA', v0=start, tol=eigenvalue_tolerance, return_eigenvectors=False)
+        values = scipy.sparse.linalg.eigsh(hessian, eigenvalue_count, which='LA', v0=start, tol=eigenvalue_tolerance,
+                                           return_eigenvectors=False)
     except scipy.sparse.linalg.ArpackError as error:  # a Hessian with NaN, or one that it does not get done with
-        raise UserError(f'the eigenvalues were not found after {products} products with the Hessian ({" ".join(str(error).split())}); '
+        raise UserError(f'the eigenvalues were not found after {products} products with the Hessian '
+                        f'({" ".join(str(error).split())}); '
                         'try a larger --eigenvalue-tolerance') from error
     return {'largest': sorted(values.tolist(), reverse=True), 'products': products}
 
@@ -184,20 +196,25 @@ def parse_arguments():
     checkpoints.add_arguments(parser, modes=None, default_modes='train', precision='fp32')
     group = parser.add_argument_group('what is measured')
     group.add_argument('--all', action='store_true', help='all of these')
-    group.add_argument('--box', action='store_true', help="Keskar's sharpness, which is also measured if nothing is named")
+    group.add_argument('--box', action='store_true', help="Keskar's sharpness, which is also measured if nothing is "
+                                                          "named")
     group.add_argument('--box-epsilon', type=bounded(float, 0, above=True), default=1e-3, metavar='E', help='(0.001)')
     group.add_argument('--box-iterations', type=bounded(int, 1), default=10, metavar='N', help='of each search (10)')
-    group.add_argument('--manifolds', type=bounded(int, 1), metavar='N', help='in a random manifold of N dimensions (the whole space)')
-    group.add_argument('--times', type=bounded(int, 1), default=1, metavar='K', help='in K manifolds, their mean and deviation (1)')
+    group.add_argument('--manifolds', type=bounded(int, 1), metavar='N',
+                       help='in a random manifold of N dimensions (the whole space)')
+    group.add_argument('--times', type=bounded(int, 1), default=1, metavar='K',
+                       help='in K manifolds, their mean and deviation (1)')
     group.add_argument('--ball', action='store_true', help="the worst rise of the loss in AMP's ball")
-    group.add_argument('--ball-epsilon', type=bounded(float, 0, above=True), default=0.5, metavar='E', help='its radius (0.5)')
+    group.add_argument('--ball-epsilon', type=bounded(float, 0, above=True), default=0.5, metavar='E',
+                       help='its radius (0.5)')
     group.add_argument('--ball-steps', type=bounded(int, 1), default=10, metavar='N', help='of the search (10)')
     group.add_argument('--noise', action='store_true', help="the mean rise of the loss under SmoothOut's noise")
     smoothout.add_noise_arguments(group, kind=bounded(float, 0))
     group.add_argument('--draws', type=bounded(int, 1), default=10, metavar='K', help='of the noise (10)')
     group.add_argument('--eigenvalues', action='store_true', help='the largest of the Hessian')
     group.add_argument('--eigenvalue-count', type=bounded(int, 1), default=1, metavar='K', help='how many (1)')
-    group.add_argument('--eigenvalue-tolerance', type=bounded(float, 0), default=1e-3, metavar='T', help='relative (0.001)')
+    group.add_argument('--eigenvalue-tolerance', type=bounded(float, 0), default=1e-3, metavar='T',
+                       help='relative (0.001)')
     group.add_argument('--trace', action='store_true', help='the trace of the Hessian')
     group.add_argument('--probes', type=bounded(int, 1), default=10, metavar='K', help='random vectors (10)')
     args = parser.parse_args()
@@ -208,7 +225,8 @@ def parse_arguments():
             if flag in args.given and name not in args.measures:
                 parser.error(f'--{flag.replace("_", "-")} is used by --{name}, which is not asked for')
     if args.times > 1 and not args.manifolds:
-        parser.error('--times repeats the draw of a random manifold, so it needs --manifolds; in the whole space there is '
+        parser.error('--times repeats the draw of a random manifold, so it needs --manifolds; in the whole space '
+                     'there is '
                      'nothing random to repeat')
     return args, [checkpoints.open_checkpoint(path, args, parser) for path in checkpoints.files_of(args, parser)]
 
@@ -225,12 +243,14 @@ def main():
     rows = []
     try:
         for name, subject, path in zip(checkpoints.names_of([subject.path for subject in subjects]), subjects, paths):
-            settings = {'checkpoint': checkpoints.description(subject), 'images': images, 'precision': args.precision, 'seed': args.seed}
+            settings = {'checkpoint': checkpoints.description(subject), 'images': images, 'precision': args.precision,
+                        'seed': args.seed}
             rows.append([name])
             for measure in args.measures:
                 entry = measured(measure, checkpoints.landscape(subject, batches), path, settings, args)
                 rows[-1] += cells(measure, entry['result'])
-                print(f'{name} | {measure} {" ".join(cells(measure, entry["result"]))} | {entry["seconds"]:.1f} s', flush=True)
+                print(f'{name} | {measure} {" ".join(cells(measure, entry["result"]))} | {entry["seconds"]:.1f} '
+                      's', flush=True)
     except Stopped as stop:
         stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
         raise
@@ -283,14 +303,18 @@ def cells(measure, result):
 
 def print_table(args, images, rows):
     space = f', {args.manifolds} of P dimensions (%)' if args.manifolds else ' (%) | its corners (%)'
-    heads = {'loss': f'{args.mode} loss | top-1 (%)', 'box': f'box {args.box_epsilon:g}{space}', 'ball': f'ball {args.ball_epsilon:g}',
-             'noise': f'noise {args.ss:g}', 'eigenvalues': 'largest eigenvalues' if args.eigenvalue_count > 1 else 'largest eigenvalue',
+    heads = {'loss': f'{args.mode} loss | top-1 (%)', 'box': f'box {args.box_epsilon:g}{space}',
+             'ball': f'ball {args.ball_epsilon:g}',
+             'noise': f'noise {args.ss:g}', 'eigenvalues': 'largest eigenvalues' if args.eigenvalue_count > 1
+             else 'largest eigenvalue',
              'trace': 'trace'}
     columns = 1 + sum(heads[name].count('|') + 1 for name in args.measures)
-    print(f'\n| {" | ".join(["checkpoint", *(heads[name] for name in args.measures)])} |', '| --- ' * columns + '|', sep='\n')
+    print(f'\n| {" | ".join(["checkpoint", *(heads[name] for name in args.measures)])} |', '| --- ' * columns + '|',
+          sep='\n')
     for row in rows:
         print(f'| {" | ".join(row)} |')
-    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over draws, of the trace the standard error.')
+    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over draws, of '
+          'the trace the standard error.')
 
 
 if __name__ == '__main__':

@@ -47,7 +47,8 @@ def alphas(text):
     except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f'must be START:STEP:STOP, such as -1:0.1:2, was given {text}') from error
     if not 0 <= steps < 100000:
-        raise argparse.ArgumentTypeError(f'is an empty range, or one without end: steps of {step} do not lead from {start} to {stop}')
+        raise argparse.ArgumentTypeError(f'is an empty range, or one without end: steps of {step} do not lead from '
+                                         f'{start} to {stop}')
     return [float(start + index * step) for index in range(int(steps) + 1)]
 
 
@@ -58,15 +59,21 @@ def parse_arguments():
     checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
     parser.add_argument('--slave-evaluate', metavar='FILE', help='the same as a second FILE')
     group = parser.add_argument_group('what is drawn')
-    group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way to the second '
-                       f'checkpoint ({ALPHA["line"]}), or lengths in a random direction ({ALPHA["directions"]}; --surface '
+    group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way '
+                                                                     'to the second '
+                       f'checkpoint ({ALPHA["line"]}), or lengths in a random direction ({ALPHA["directions"]}; '
+                       '--surface '
                        f'{ALPHA["surface"]})')
     group.add_argument('--path', choices=('linear', 'sin'), default='linear', help='of two checkpoints (linear)')
-    group.add_argument('--directions', type=bounded(int, 1), default=1, metavar='N', help='random ones, drawn as mean and band (1)')
+    group.add_argument('--directions', type=bounded(int, 1), default=1, metavar='N',
+                       help='random ones, drawn as mean and band (1)')
     group.add_argument('--surface', action='store_true', help='over the plane of two random directions')
-    group.add_argument('--compare', action='store_true', help='several checkpoints, each along random directions of the same seed')
-    group.add_argument('--perturb-batch-norm', action='store_true', help='random directions move the BatchNorm parameters too')
-    group.add_argument('--update-bn', action='store_true', help='estimate BatchNorm statistics anew at each point, over the '
+    group.add_argument('--compare', action='store_true', help='several checkpoints, each along random directions of '
+                                                              'the same seed')
+    group.add_argument('--perturb-batch-norm', action='store_true',
+                       help='random directions move the BatchNorm parameters too')
+    group.add_argument('--update-bn', action='store_true', help='estimate BatchNorm statistics anew at each point, '
+                                                                'over the '
                        'training images; otherwise they are those of the checkpoint, or in between those of two')
     group.add_argument('--overwrite', action='store_true', help='replace an earlier scan')
     args = parser.parse_args()
@@ -78,7 +85,8 @@ def parse_arguments():
     if args.surface and len(files) > 1:
         parser.error(f'--surface is around one checkpoint, and {len(files)} were given')
     args.kind = 'surface' if args.surface else 'line' if len(files) == 2 and not args.compare else 'directions'
-    for flag, kinds, what in (('path', ['line'], 'two checkpoints'), ('directions', ['directions'], 'random directions around a checkpoint'),
+    for flag, kinds, what in (('path', ['line'], 'two checkpoints'),
+                              ('directions', ['directions'], 'random directions around a checkpoint'),
                               ('perturb_batch_norm', ['directions', 'surface'], 'random directions')):
         if flag in args.given and args.kind not in kinds:
             parser.error(f'--{flag.replace("_", "-")} is for {what}, which are not drawn here')
@@ -119,8 +127,10 @@ def check_line(first, second):
     shapes = [{name: list(p.shape) for name, p in one.model.named_parameters()} for one in (first, second)]
     if shapes[0] != shapes[1]:
         name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-        held = [f'{one.path} ({one.state["network"]["arch"]}) {own.get(name, "none")}' for one, own in zip((first, second), shapes)]
-        raise UserError(f'there is no line between different networks, and of {name} the shapes are: {", ".join(held)}; '
+        held = [f'{one.path} ({one.state["network"]["arch"]}) '
+                f'{own.get(name, "none")}' for one, own in zip((first, second), shapes)]
+        raise UserError(f'there is no line between different networks, and of {name} the shapes are: '
+                        f'{", ".join(held)}; '
                         '--compare draws them in one figure')
 
 
@@ -128,14 +138,18 @@ def scan(args, group, images, title):
     """Measure what is missing in the table of one checkpoint, or of the line between two; returns the table."""
     landscapes = [checkpoints.landscape(group[0], batches) for batches in images.values()]
     if args.kind == 'line':
-        place = functools.partial(on_line, landscapes[0], checkpoints.landscape(group[1], landscapes[0].batches), args.path)
+        place = functools.partial(on_line, landscapes[0], checkpoints.landscape(group[1], landscapes[0].batches),
+                                  args.path)
         kind, name = {'path': args.path}, f'to-{checkpoints.names_of([group[1].path])[0].replace("/", "-")}-{args.path}'
     else:
         place = around(landscapes[0], args)
         kind, name = {'seed': args.seed, 'perturb_batch_norm': args.perturb_batch_norm}, args.kind
-    settings = {'kind': args.kind, 'checkpoints': [checkpoints.description(subject) for subject in group], **kind, 'update_bn': args.update_bn,
-                'precision': group[0].args.precision, 'images': {part: checkpoints.describe_images(batches) for part, batches in images.items()}}
-    columns = [f'{part} {quantity}'.lower() for part in images for quantity in quantities(len(group[0].state['classes']))]
+    settings = {'kind': args.kind, 'checkpoints': [checkpoints.description(subject) for subject in group], **kind,
+                'update_bn': args.update_bn,
+                'precision': group[0].args.precision, 'images': {part: checkpoints.describe_images(batches) for part,
+                                                                 batches in images.items()}}
+    columns = [f'{part} {quantity}'.lower() for part in images
+               for quantity in quantities(len(group[0].state['classes']))]
     stem = f'{checkpoints.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
     table = Scan(stem, settings, AXES[args.kind] + columns, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]
@@ -164,7 +178,8 @@ def points(args):
 def on_line(first, second, path, alpha):
     """(weights, buffers) on the way from one Landscape to another."""
     share = alpha if path == 'linear' else (1 + math.sin(math.pi * alpha - math.pi / 2)) / 2
-    buffers = {name: torch.lerp(own, second.buffers[name], share) if own.is_floating_point() and name in second.buffers else own
+    buffers = {name: torch.lerp(own, second.buffers[name], share) if own.is_floating_point() and name in second.buffers
+               else own
                for name, own in first.buffers.items()}
     for name in buffers:
         if name.endswith('running_var'):
@@ -173,7 +188,9 @@ def on_line(first, second, path, alpha):
 
 
 def around(landscape, args):
-    """A function of a point that gives (weights, None): along one of several random directions, or on the plane of two."""
+    """A function of a point that gives (weights, None): along one of several random directions, or on the plane of
+    two.
+    """
     @functools.lru_cache(maxsize=2)
     def direction(number):
         generator = seeded_generator(args.seed, number, device=landscape.weights.device)
@@ -185,7 +202,9 @@ def around(landscape, args):
 
 
 def draw_curves(args, scans, *pictures):
-    """Loss, on a logarithmic scale, and accuracy over alpha; of several directions the mean and a band of one deviation."""
+    """Loss, on a logarithmic scale, and accuracy over alpha; of several directions the mean and a band of one
+    deviation.
+    """
     from matplotlib.figure import Figure  # a second of import time that a mistake in the flags should not pay
 
     figure = Figure(figsize=(11, 4.5), layout='constrained')
@@ -196,12 +215,14 @@ def draw_curves(args, scans, *pictures):
                 means, deviations = zip(*(metrics.spread(values) for values in zip(*curves)))
                 axes.plot(args.alpha, np.array(means), style, color=f'C{color}', label=f'{label} {part}'.strip())
                 if len(curves) > 1:
-                    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
+                    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)]
+                                 for sign in (-1, 1))
                     if quantity == 'loss':  # on a logarithmic scale a band that reaches 0 has no end
                         low = [max(value, min(one)) for value, one in zip(low, zip(*curves))]
                     axes.fill_between(args.alpha, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
         axes.set(xlabel='alpha', ylabel='loss' if quantity == 'loss' else 'top-1 accuracy (%)')
-        if quantity == 'loss' and any((line.get_ydata() > 0).any() for line in axes.lines):  # without a number there is no scale
+        # without a number there is no scale
+        if quantity == 'loss' and any((line.get_ydata() > 0).any() for line in axes.lines):
             axes.set_yscale('log')
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small')

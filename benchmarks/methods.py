@@ -1,4 +1,5 @@
-"""What each method costs: a step of cifar.py with it over the same step of plain SGD, as ratios of times measured alternately.
+"""What each method costs: a step of cifar.py with it over the same step of plain SGD, as ratios of times measured
+alternately.
 
     python benchmarks/methods.py                         ResNet-20, batch 128, about fifteen minutes on two cores
     python benchmarks/methods.py --rows dma lsoftmax     some of the rows
@@ -50,7 +51,8 @@ def epoch(flags, settings, split):
     train = FirstBatches(split, *split.mean_and_std(), settings.batch, DEVICE, padding=4, flip=True)
     train.steps = settings.steps
     optimizer, criterion = methods.build_optimizer(args, model, settings.steps), methods.build_criterion(args, model)
-    return functools.partial(cifar.train, Run(args, {}, model, optimizer, {'train': train}), criterion, optimizer, 0, args)
+    return functools.partial(cifar.train, Run(args, {}, model, optimizer, {'train': train}), criterion, optimizer, 0,
+                             args)
 
 
 def peak_memory(kind, classes, features, batch):
@@ -97,10 +99,12 @@ def main():
     plain, timed = epoch('', settings, split), {name: epoch(ROWS[name], settings, split) for name in settings.rows}
     for function in (plain, *timed.values()):
         function()  # warm-up: memory, autotuning
-    rounds = [{name: (seconds(plain), seconds(function)) for name, function in timed.items()} for _ in range(settings.rounds)]
+    rounds = [{name: (seconds(plain), seconds(function)) for name, function in timed.items()}
+              for _ in range(settings.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch {torch.__version__}, {name}')
+    print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch '
+          f'{torch.__version__}, {name}')
     each = statistics.median(reference for row in rounds for reference, _ in row.values()) / settings.steps
     print(f'plain SGD: {each * 1000:.1f} ms per step')
     for name in settings.rows:
@@ -108,7 +112,8 @@ def main():
         print(f'{ROWS[name]:90} {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f})')
     if settings.classes:
         peaks = {kind: in_own_process(peak_memory, kind, settings.classes, 512, 256) for kind in ('lsoftmax', 'linear')}
-        print(f'peak memory of a step with {settings.classes} classes, 512 features, batch 256: LSoftmaxLinear {peaks["lsoftmax"]:.0f} MiB, '
+        print(f'peak memory of a step with {settings.classes} classes, 512 features, batch 256: LSoftmaxLinear '
+              f'{peaks["lsoftmax"]:.0f} MiB, '
               f'nn.Linear {peaks["linear"]:.0f} MiB, ratio {peaks["lsoftmax"] / peaks["linear"]:.3f}')
 
 

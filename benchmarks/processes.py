@@ -35,9 +35,12 @@ def write_images(folder, number, size):
 
 
 def images_per_second(settings, processes, folder):
-    flags = ['--data', folder, '--arch', settings.arch, '--image-size', str(settings.image_size), '--train-batch', str(settings.batch),
-             '--epochs', '1', '--manualSeed', '0', '-j', str(settings.workers), '--checkpoint', f'{folder}/run', '--overwrite', *settings.flags]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', 'imagenet.py', *flags]
+    flags = ['--data', folder, '--arch', settings.arch, '--image-size', str(settings.image_size), '--train-batch',
+             str(settings.batch),
+             '--epochs', '1', '--manualSeed', '0', '-j', str(settings.workers), '--checkpoint', f'{folder}/run',
+             '--overwrite', *settings.flags]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
+               'imagenet.py', *flags]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     return settings.images / read_log(f'{folder}/run/log.txt')['Seconds'][0]
 
@@ -55,7 +58,8 @@ def main():
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, settings.images, settings.image_size)
-        rounds = [[images_per_second(settings, processes, folder) for processes in (1, settings.processes)] for _ in range(settings.rounds)]
+        rounds = [[images_per_second(settings, processes, folder) for processes in (1, settings.processes)]
+                  for _ in range(settings.rounds)]
     alone, together = (statistics.median(each) for each in zip(*rounds))
     ratios = sorted(several / one for one, several in rounds)
     print(f'{settings.arch} at {settings.image_size} pixels, batch {settings.batch} {" ".join(settings.flags)}\n'

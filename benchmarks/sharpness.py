@@ -75,14 +75,18 @@ def main():
     for pair in timed.values():
         for function in pair:
             function()  # warm-up: memory, autotuning
-    rounds = [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()} for _ in range(settings.rounds)]
+    rounds = [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()}
+              for _ in range(settings.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{settings.arch}, {settings.images} images, {settings.rounds} rounds of {settings.points} points, torch {torch.__version__}, {name}')
-    for name, what in (('scan', 'points per second over a bare evaluation'), ('gradients', 'gradients per second over a bare pass')):
+    print(f'{settings.arch}, {settings.images} images, {settings.rounds} rounds of {settings.points} points, torch '
+          f'{torch.__version__}, {name}')
+    for name, what in (('scan', 'points per second over a bare evaluation'),
+                       ('gradients', 'gradients per second over a bare pass')):
         ratios = sorted(row[name][0] / row[name][1] for row in rounds)
         each = statistics.median(row[name][1] for row in rounds) / settings.points
-        print(f'{what}: {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}; {each:.3f} s each)')
+        print(f'{what}: {statistics.median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}; {each:.3f} s '
+              'each)')
 
 
 if __name__ == '__main__':

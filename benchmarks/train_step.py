@@ -70,7 +70,8 @@ def bare_loop(settings):
 
 def cifar_train(settings, split, precision):
     parser = cifar.make_parser()
-    args = parser.parse_args(f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed 0'.split())
+    args = parser.parse_args(f'--precision {precision} --epochs 2 --lr-schedule cosine --warmup 0 --manualSeed '
+                             '0'.split())
     schedule.fill_in(args, None, parser)
     model = network(settings)
     optimizer, criterion = methods.build_optimizer(args, model, settings.steps), methods.build_criterion(args, model)
@@ -108,7 +109,8 @@ class Pictures(Dataset):
 def usual_pipeline(settings, split):
     pictures = Pictures(split)
     sampler = RandomSampler(pictures, num_samples=settings.steps * settings.batch)
-    loader = DataLoader(pictures, settings.batch, sampler=sampler, num_workers=settings.workers, persistent_workers=True,
+    loader = DataLoader(pictures, settings.batch, sampler=sampler, num_workers=settings.workers,
+                        persistent_workers=True,
                         pin_memory=DEVICE.type == 'cuda')
     model = network(settings, channels_last=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -129,11 +131,13 @@ def usual_pipeline(settings, split):
 def end_of_epoch(model, optimizer):
     """What cifar.py does once per epoch besides training and testing: a log row, two checkpoints and the curves."""
     folder = tempfile.TemporaryDirectory()
-    logger = Logger(os.path.join(folder.name, 'log.txt'), ['Epoch', 'Train Loss', 'Test Loss', 'Train Top-1', 'Test Top-1'])
+    logger = Logger(os.path.join(folder.name, 'log.txt'),
+                    ['Epoch', 'Train Loss', 'Test Loss', 'Train Top-1', 'Test Top-1'])
 
     def write():
         logger.append([1, 1.0, 1.0, 50.0, 50.0])
-        state = {'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'random': checkpoint.random_state()}
+        state = {'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                 'random': checkpoint.random_state()}
         for name in (checkpoint.BEST, checkpoint.LAST):
             checkpoint.save(os.path.join(folder.name, name), state)
         plot_log(logger.path, os.path.join(folder.name, 'log.png'), os.path.join(folder.name, 'log.pdf'))
@@ -152,7 +156,8 @@ def main():
     parser.add_argument('--workers', type=int, default=min(8, os.cpu_count()), help="the DataLoader's")
     settings = parser.parse_args()
     number = settings.steps * settings.batch
-    split = Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (50000,)), list('0123456789'))
+    split = Split(torch.randint(256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (50000,)),
+                  list('0123456789'))
     ours, model, optimizer = cifar_train(settings, split, 'fp32')
     timed = {'bare': bare_loop(settings), 'ours': ours, 'ours bf16': cifar_train(settings, split, 'bf16')[0],
              'usual': usual_pipeline(settings, split), 'end of epoch': end_of_epoch(model, optimizer)}
@@ -161,7 +166,8 @@ def main():
     rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(settings.rounds)]
 
     name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch {torch.__version__}, {name}')
+    print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch '
+          f'{torch.__version__}, {name}')
     for key in timed:
         each = statistics.median(row[key] for row in rounds)
         print(f'  {key:12} {each * 1000:8.1f} ms' if key == 'end of epoch' else

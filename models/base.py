@@ -68,7 +68,8 @@ class StagedClassifier(ImageClassifier):
     """A network of stages `layer1`, `layer2`, ...: every stage after the first halves the resolution."""
 
     def add_stages(self, block, blocks, in_channels, widths):
-        """`blocks` blocks a stage, `widths` their output channels; block(in_channels, out_channels, stride) makes one."""
+        """`blocks` blocks a stage, `widths` their output channels; block(in_channels, out_channels, stride) makes one.
+        """
         for number, width in enumerate(widths, start=1):
             first = block(in_channels, width, 1 if number == 1 else 2)
             rest = [block(width, width, 1) for _ in range(blocks - 1)]
@@ -83,7 +84,8 @@ class StagedClassifier(ImageClassifier):
 
 
 def with_defaults(arch, options, known, flags):
-    """`options` (None = not given), with the defaults of `known`, the options of `arch`; flags: the flag of each option.
+    """`options` (None = not given), with the defaults of `known`, the options of `arch`; flags: the flag of each
+    option.
 
     ValueError if an option is given that the architecture does not know.
     """
@@ -105,7 +107,8 @@ def global_average_pool(x):
 
 
 def he_initialise(model):
-    """He et al. (2015), normal, by fan-out: every convolution of `model`; batch norms and biases as PyTorch sets them."""
+    """He et al. (2015), normal, by fan-out: every convolution of `model`; batch norms and biases as PyTorch sets them.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')

@@ -30,13 +30,16 @@ class TorchvisionClassifier(ImageClassifier):
         return WithAuxiliary(outputs, auxiliary, self.auxiliary_weight) if auxiliary else outputs
 
     def _run(self, x):
-        """The features, then the logits of each auxiliary classifier, which torchvision's forward returns in training only."""
+        """The features, then the logits of each auxiliary classifier, which torchvision's forward returns in training
+        only.
+        """
         outputs = self.backbone(x)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def last_layer(arch, network, num_classes):
-    """The name, in `network.named_modules()`, of the linear layer that it ends in: its last module that holds parameters.
+    """The name, in `network.named_modules()`, of the linear layer that it ends in: its last module that holds
+    parameters.
 
     ValueError, naming `arch`, if that is not a linear layer with num_classes outputs.
     """

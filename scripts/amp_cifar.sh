@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Adversarial Model Perturbation (Zheng, Zhang and Mao, CVPR 2021, arXiv 2010.04925), its tables of SVHN, CIFAR-10 and CIFAR-100:
-# empirical risk minimization (ERM) and AMP with the recipe and the epsilon of the published code, which are those for SVHN too.
-# That code's VGG16 has batch norm as vgg16_bn, but two more hidden layers of 4096 units; it pads SVHN by 2 pixels, not by 4; and
-# with AutoAugment it also erases the squares of Cutout, which cifar.py leaves to --cutout and `autoaugment` below does not ask for.
+# Adversarial Model Perturbation (Zheng, Zhang and Mao, CVPR 2021, arXiv 2010.04925), its tables of SVHN, CIFAR-10 and
+# CIFAR-100: empirical risk minimization (ERM) and AMP, with the recipe and the epsilon of the published code, on SVHN
+# too. Differences: the VGG16 of that code has two more hidden layers of 4096 units than vgg16_bn; it pads SVHN by 2
+# pixels, not by 4; and with AutoAugment it also erases squares as Cutout does, but `autoaugment` below does not.
 #
 # 3 data sets x 4 networks x 3 augmentations x 2 = 72 runs for each seed, of 200 epochs; a step of AMP costs two of ERM.
 #
@@ -20,7 +20,7 @@ SEEDS=${SEEDS:-1 2 3}
 . "$(dirname "$0")/run.sh"
 only AUGMENT plain cutout autoaugment
 
-# The rate falls after 1/2 and 3/4 of the epochs, as cifar.py has it if --schedule is left out.
+# The learning rate falls after 1/2 and 3/4 of the epochs, the default of cifar.py without --schedule.
 recipe="--epochs $EPOCHS --train-batch 50 --lr 0.1 --gamma 0.1 --momentum 0.9 --nesterov --wd 1e-4 --clip-norm 50"
 amp="--method amp --epsilon 0.5 --inner-lr 1 --inner-iter 1"
 

@@ -1,13 +1,14 @@
-# What the scripts beside it share, which source it. Paths are relative to the root of the repository, wherever a script is started.
+# Functions of the scripts in this folder, which source this file. Paths are relative to the root of the repository,
+# wherever a script is started.
 #
-#   run FOLDER FLAG...               one run of cifar.py: skipped if it is finished, resumed if it was broken off
-#   schedule EPOCHS MILESTONE...     the milestones of a recipe of so many epochs, moved to $EPOCHS, as flags
-#   only NAME WORD...                ends the script if the variable NAME has another word than these
+#   run FOLDER FLAG...               one run of cifar.py: skipped if it is finished, resumed if it was interrupted
+#   schedule EPOCHS MILESTONE...     the milestones of a recipe of EPOCHS epochs, moved to $EPOCHS epochs, as flags
+#   only NAME WORD...                ends the script if the variable NAME has a word that is not in the list
 #   finish                           the table of $OUT, and the runs that failed; the last line of every script
 #
-# From the environment: PYTHON, by default that of .venv if there is one. CUDA_VISIBLE_DEVICES chooses a GPU for resumed runs too.
-# A finished run is skipped whatever flags it had, and a broken-off one goes on with its own: other flags want another OUT.
-# Two scripts at a time in one OUT need different seeds, or different networks.
+# From the environment: PYTHON, by default .venv/bin/python if it exists; CUDA_VISIBLE_DEVICES, the GPU, also of resumed
+# runs. A finished run is skipped whatever its flags were, and an interrupted run resumes with its own flags: use
+# another OUT for other flags. Two scripts that run at the same time in one OUT need different seeds or networks.
 
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -28,11 +29,12 @@ run() {
     if [ -e "$folder/checkpoint.pth.tar" ]; then
         echo "resumed: $folder"
         set -- --resume "$folder/checkpoint.pth.tar"
-    else  # what is there without a checkpoint is left of a start that failed at once
+    else  # a folder without a checkpoint belongs to a run that failed at its start
         echo "run: $folder"
         set -- "$@" --checkpoint "$folder" --overwrite
     fi
-    # In the background, because bash heeds a SIGTERM only after a process in the foreground has ended; with Ctrl-C as in front.
+    # In the background, because bash handles SIGTERM only after a process in the foreground has ended; Ctrl-C still
+    # reaches the run.
     (trap - INT; exec "$PYTHON" cifar.py "$@") &
     running=$!
     wait "$running"
@@ -45,7 +47,7 @@ run() {
     esac
 }
 
-stop() {  # with status $1; the run first. $2, if given, is a signal that has not reached it by itself.
+stop() {  # waits for the run, then exits with status $1; $2, if given: a signal that the run has not received
     trap - INT TERM
     if [ "$running" ]; then
         [ $# = 1 ] || kill -s "$2" "$running"

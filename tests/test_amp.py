@@ -34,8 +34,9 @@ def gradients(params, x, targets):
     return [((signal @ W) * (1 - hidden ** 2)).T @ x, signal.T @ hidden, signal.sum(axis=0)]
 
 
-def oracle(params, batches, lr, momentum, epsilon, inner_lr, inner_iter, perturbation, weight_decay=0.0, nesterov=False):
-    """The algorithm, one tensor at a time. lr and momentum are one for each step, the next three one for each tensor."""
+def oracle(params, batches, lr, momentum, epsilon, inner_lr, inner_iter, perturbation, weight_decay=0.0,
+           nesterov=False):
+    """The algorithm, one tensor at a time. lr and momentum: a list by step; the next three: a list by tensor."""
     params, velocity = [p.copy() for p in params], [None] * len(params)
     for (x, targets), rate, friction in zip(batches, lr, momentum):
         gradient, delta = gradients(params, x, targets), [np.zeros_like(p) for p in params]
@@ -129,7 +130,8 @@ def close(actual, expected, tolerance=1e-9):
 @given(seed=st.integers(0, 2 ** 31), inner_iter=st.integers(0, 3), epsilon=st.sampled_from([0.0, 1e-3, 0.05, 0.5, 5.0]),
        inner_lr=st.sampled_from([0.0, 0.3, 1.0, 100.0]), perturbation=st.sampled_from(['tensor', 'global']),
        momentum=st.sampled_from([0.0, 0.9]), weight_decay=st.sampled_from([0.0, 0.01]), nesterov=st.booleans())
-def test_float64_against_the_plain_loop(seed, inner_iter, epsilon, inner_lr, perturbation, momentum, weight_decay, nesterov):
+def test_float64_against_the_plain_loop(seed, inner_iter, epsilon, inner_lr, perturbation, momentum, weight_decay,
+                                        nesterov):
     nesterov = nesterov and momentum > 0
     params, batches = problem(seed, steps=4)
     model = Net(params)
@@ -150,8 +152,8 @@ def test_options_of_each_group_against_the_plain_loop(perturbation):
     groups = [dict(params=p, epsilon=e, inner_lr=lr, inner_iter=n) for p, e, lr, n in
               zip(model.parameters(), epsilon, inner_lr, inner_iter)]
     train(AMP(groups, 0.2, 9.0, perturbation=perturbation, momentum=0.9), model, batches)
-    for actual, p in zip(model.parameters(), oracle(params, batches, [0.2] * 5, [0.9] * 5, epsilon, inner_lr, inner_iter,
-                                                    perturbation)):
+    expected = oracle(params, batches, [0.2] * 5, [0.9] * 5, epsilon, inner_lr, inner_iter, perturbation)
+    for actual, p in zip(model.parameters(), expected):
         close(actual, p)
 
 
@@ -210,7 +212,8 @@ def test_with_buffers_the_statistics_are_those_of_the_clean_passes_alone():
         optimizer.step(closure_of(optimizer, model, x, targets))
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), clean.buffers()))
         assert model.bn1.num_batches_tracked == step
-    optimizer.step(closure_of(optimizer, model, x, targets, lambda number: number and model.fc.weight.grad.fill_(math.nan)))
+    optimizer.step(closure_of(optimizer, model, x, targets,
+                              lambda number: number and model.fc.weight.grad.fill_(math.nan)))
     assert model.bn1.num_batches_tracked == 6 and all(b.isfinite().all() for b in model.buffers())
 
 
@@ -284,8 +287,9 @@ def test_after_an_exception_the_weights_are_as_before(call):
 
 
 @pytest.mark.parametrize('lr', [0.0, 0.1])
-@pytest.mark.parametrize('inner_iter, used', [(1, (True, False)), (1, (False, True)), (2, (True, False, True)),
-                                              (2, (False, True, True)), (2, (True, True, False)), (2, (False, True, False))])
+@pytest.mark.parametrize('inner_iter, used', [
+    (1, (True, False)), (1, (False, True)),
+    (2, (True, False, True)), (2, (False, True, True)), (2, (True, True, False)), (2, (False, True, False))])
 @pytest.mark.parametrize('base, options', BASES)
 def test_a_parameter_without_a_gradient_in_one_of_the_passes_takes_no_part(lr, inner_iter, used, base, options):
     torch.manual_seed(0)
@@ -347,7 +351,8 @@ def test_without_a_perturbation_it_is_the_base_optimizer(base, options, off):
 
 
 @pytest.mark.parametrize('schedule', [lambda o: StepLR(o, 3, gamma=0.3),
-                                      lambda o: OneCycleLR(o, 0.5, total_steps=13, base_momentum=0.5, max_momentum=0.9)])
+                                      lambda o: OneCycleLR(o, 0.5, total_steps=13, base_momentum=0.5,
+                                                           max_momentum=0.9)])
 def test_schedulers_act_on_it_before_and_after_loading(schedule):
     params, batches = problem()
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2, momentum=0.8)
@@ -388,7 +393,8 @@ def test_resumed_training_goes_on_bit_for_bit(base, options):
     saved = through_a_file([model.state_dict(), optimizer.state_dict()])
 
     resumed = Net(problem(9)[0], torch.float32)
-    other = AMP([dict(params=[resumed.A]), dict(params=[resumed.W, resumed.b])], 7.0, 7.0, base_optimizer=base, **options)
+    groups = [dict(params=[resumed.A]), dict(params=[resumed.W, resumed.b])]
+    other = AMP(groups, 7.0, 7.0, base_optimizer=base, **options)
     resumed.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
     assert [(g['epsilon'], g['inner_iter']) for g in other.param_groups] == [(0.3, 2), (0.5, 1)]
@@ -485,7 +491,8 @@ def test_length_of_the_perturbation():
             [(p.detach() - q).norm().item() for p, q in zip(model.parameters(), before)])))
         assert seen[0] == [0, 0, 0]
         for lengths in seen[1:]:
-            assert math.hypot(*lengths) == pytest.approx(0.25 if perturbation == 'global' else 0.25 * math.sqrt(3), rel=1e-9)
+            expected = 0.25 if perturbation == 'global' else 0.25 * math.sqrt(3)
+            assert math.hypot(*lengths) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_gradient_inside_the_ball_is_not_lengthened():

@@ -101,7 +101,8 @@ def test_float64_against_the_plain_loop(seed, batch, classes, features, exponent
     expected_loss, expected_gradient = oracle(x, W)
     assert loss == pytest.approx(expected_loss, rel=1e-12, abs=1e-14)
     if (layer_with(W)(torch.tensor(x))[1].max(dim=1).values > -0.99).all():  # near -1 no gradient exists
-        np.testing.assert_allclose(gradient.numpy() * 10.0 ** exponent, expected_gradient * 10.0 ** exponent, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(gradient.numpy() * 10.0 ** exponent, expected_gradient * 10.0 ** exponent,
+                                   rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize('angle', [0.0, 1e-7, 1e-4, 3e-4, 1e-3, 0.1, 1.0, math.pi / 2, 2.0, 3.0])
@@ -130,7 +131,7 @@ def test_parallel_antiparallel_and_zero_vectors_have_finite_gradients(dtype):
 
     x = torch.cat((torch.zeros(1, 64, dtype=dtype), W))
     loss, gradient = ours(x, torch.cat((W, torch.zeros(1, 64, dtype=dtype))))
-    assert loss == pytest.approx(math.pi ** 2 / 16, rel=1e-6)  # (pi/2)^2 / 2 for the zero vector, 0 for the parallel one
+    assert loss == pytest.approx(math.pi ** 2 / 16, rel=1e-6)  # (pi/2)^2 / 2 for the zero vector, 0 for the other
     assert torch.equal(gradient[0], torch.zeros(64, dtype=dtype))
 
 

@@ -29,7 +29,7 @@ def length(gradient, norm):
 
 
 def oracle(layers_of, x, targets, gamma, alpha, top_k, norm, aggregate, approximate, weights, epsilon=1e-8):
-    """The loss, one sample, class and layer at a time, from the definition; `layers_of` x gives (logits, activations)."""
+    """The loss by its definition, one sample, class and layer at a time; layers_of(x) is (logits, activations)."""
     total, clipped = 0, set()
     for i, target in enumerate(targets.tolist()):
         logits, activations = layers_of(x[i:i + 1])
@@ -139,7 +139,8 @@ def test_golden_of_google(row):
         'gamma', 'alpha', 'top_k', 'dist_norm', 'worst_case', 'use_approximation', 'layers_weights', 'loss', 'tf_loss',
         'grads', 'tf_grads', 'grad_x')}
     loss, gradient, gx = on_golden(gamma=g['gamma'], alpha=g['alpha'], top_k=int(g['top_k']), norm=g['dist_norm'],
-                                   aggregate='worst' if g['worst_case'] else 'sum', approximate=bool(g['use_approximation']),
+                                   aggregate='worst' if g['worst_case'] else 'sum',
+                                   approximate=bool(g['use_approximation']),
                                    layer_weights=g['layers_weights'].tolist())
     close(loss, g['loss'])
     close(loss, g['tf_loss'])
@@ -253,7 +254,8 @@ def test_a_saturated_softmax_of_many_classes_in_float32_is_as_in_float64(norm, a
         gradient = flat_gradient(loss, list(net.parameters())).double()
         return loss.item(), gradient
 
-    (loss, gradient), (expected_loss, expected_gradient) = loss_and_gradient(torch.float32), loss_and_gradient(torch.float64)
+    loss, gradient = loss_and_gradient(torch.float32)
+    expected_loss, expected_gradient = loss_and_gradient(torch.float64)
     assert abs(loss) > 1e8 and loss == pytest.approx(expected_loss, rel=1e-3)
     assert expected_gradient.norm() > 0.1
     close(gradient, expected_gradient, 1e-3)
@@ -319,7 +321,8 @@ def test_two_classes_and_one_image(batch, classes, norm):
 def test_empty_batch(norm, aggregate, approximate):
     net, x, targets = small_problem(0)
     logits, activations = net.layers(x)
-    loss = LargeMarginLoss(norm=norm, aggregate=aggregate, top_k=2, approximate=approximate)(logits, targets, activations)
+    loss_function = LargeMarginLoss(norm=norm, aggregate=aggregate, top_k=2, approximate=approximate)
+    loss = loss_function(logits, targets, activations)
     loss.backward()
     assert loss.item() == 0 and x.grad.shape == x.shape
     assert all((parameter.grad == 0).all() for parameter in net.parameters())
@@ -359,11 +362,12 @@ def test_activations_that_cannot_have_a_gradient():
 @pytest.mark.parametrize('options, message', [
     *((dict(gamma=gamma), 'gamma and alpha must be numbers above 0') for gamma in (0, -1.0, math.nan, math.inf)),
     *((dict(alpha=alpha), 'gamma and alpha must be numbers above 0') for alpha in (0, -1, math.nan, math.inf)),
-    *((dict(epsilon=epsilon), 'epsilon one of at least 0') for epsilon in (-1e-8, math.nan)),
+    *((dict(epsilon=epsilon), 'epsilon a number of at least 0') for epsilon in (-1e-8, math.nan)),
     *((dict(norm=norm), 'norm must be 1, 2 or inf') for norm in (3, '3', 'two', None, 0, math.nan, -math.inf)),
     *((dict(aggregate=aggregate), 'aggregate must be') for aggregate in ('x', None)),
     *((dict(top_k=top_k), 'top_k must be a whole number of at least 1') for top_k in (0, 1.5, -1)),
-    *((dict(layer_weights=weights), 'layer_weights must be numbers above 0') for weights in ([1, 0], [-1.0], [math.nan]))])
+    *((dict(layer_weights=weights), 'layer_weights must be numbers above 0')
+      for weights in ([1, 0], [-1.0], [math.nan]))])
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         LargeMarginLoss(**options)
@@ -373,7 +377,8 @@ def test_options_out_of_range(options, message):
 def test_norm_may_be_a_word(norm):
     net, x, targets = small_problem()
     logits, activations = net.layers(x)
-    losses = [LargeMarginLoss(norm=name)(logits, targets, activations).item() for name in (norm, str(norm), float(norm))]
+    losses = [LargeMarginLoss(norm=name)(logits, targets, activations).item()
+              for name in (norm, str(norm), float(norm))]
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -472,8 +477,9 @@ def test_arguments_make_a_loss_term_that_takes_tuples_too():
     assert term(logits, targets, activations).item() == expected
     assert term((logits, torch.zeros(4, 7)), targets, activations).item() == expected
 
-    args = arguments('--large-margin-coef 0.5 --large-margin-gamma 0.3 --large-margin-alpha 2 --top-k 2 --norm inf --exact '
-                     '--aggregate sum --layer-weights 0.5 2 --large-margin-layers input conv --cross-entropy-weight 0.25')
+    args = arguments('--large-margin-coef 0.5 --large-margin-gamma 0.3 --large-margin-alpha 2 --top-k 2 --norm inf '
+                     '--aggregate sum --layer-weights 0.5 2 --large-margin-layers input conv --exact '
+                     '--cross-entropy-weight 0.25')
     loss = large_margin.loss_term(args)((logits, None), targets, activations)
     expected = 0.5 * oracle(net.layers, x, targets, 0.3, 2, 2, math.inf, 'sum', False, [0.5, 2.0])[0]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -490,7 +496,8 @@ def easy_batches():
     return list(zip(images.split(20), targets.split(20)))
 
 
-@pytest.mark.parametrize('options', [{}, dict(approximate=False, gamma=1.0), dict(top_k=3, aggregate='mean', norm='inf')])
+@pytest.mark.parametrize('options', [{}, dict(approximate=False, gamma=1.0),
+                                     dict(top_k=3, aggregate='mean', norm='inf')])
 def test_train_epoch_learns(options):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()

@@ -23,7 +23,7 @@ DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 
 
 def angle(a, b):
-    """Kahan's 2 atan2(|a - b|, |a + b|) of unit vectors, accurate at 0 and at pi too; a zero vector is orthogonal to all."""
+    """Kahan's 2 atan2(|a - b|, |a + b|) of unit vectors, accurate also at 0 and pi; a zero vector is orthogonal."""
     if not a.any() or not b.any():
         return math.pi / 2
     a, b = a / math.sqrt(math.fsum(a * a)), b / math.sqrt(math.fsum(b * b))
@@ -219,7 +219,8 @@ def test_angles_of_exactly_0_and_pi(dtype, margin, sign):
 @pytest.mark.parametrize('margin', [1, 2, 3, 4, 5, 6, 7])
 def test_psi_falls_from_1_to_1_minus_2m_without_jumps(dtype, margin):
     thetas = torch.linspace(0, math.pi, 2001, dtype=dtype)
-    head, targets = head_with(torch.tensor([[1.0, 0.0]], dtype=dtype), margin=margin), torch.zeros(2001, dtype=torch.long)
+    head = head_with(torch.tensor([[1.0, 0.0]], dtype=dtype), margin=margin)
+    targets = torch.zeros(2001, dtype=torch.long)
     psi = head(at_angles(thetas), targets)[:, 0]
     assert psi[0].item() == pytest.approx(1) and psi[-1].item() == pytest.approx(1 - 2 * margin, rel=1e-5)
     steps = psi.diff()

@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / 'tests/goldens/smoothout.npz')
 BASES = [(torch.optim.SGD, dict(momentum=0.9, weight_decay=1e-3, nesterov=True)),
          (torch.optim.Adam, dict(weight_decay=1e-3))]
-SCHEDULES = [dict(schedule='constant'), dict(schedule='anneal', anneal_index=2.0), dict(schedule='tanh', total_steps=12)]
+SCHEDULES = [dict(schedule='constant'), dict(schedule='anneal', anneal_index=2.0),
+             dict(schedule='tanh', total_steps=12)]
 
 
 class Small(nn.Module):
@@ -95,9 +96,9 @@ class Replayed(SmoothOut):
 def test_golden(name):
     """As the original trains: noise for every chunk, the mean of their gradients, clipped to a length of 5, then SGD.
 
-    Two configs record what ours deliberately has not. no_denoise never takes the noise away: there only the first chunk
-    can be compared, and the noise of the others. weight_ignores_noise_type asks for normal noise and gets uniform noise;
-    ours would draw normal noise, so the test asks for uniform noise.
+    Two configs record what ours deliberately has not. no_denoise never takes the noise away: there only the first
+    chunk can be compared, and the noise of the others. weight_ignores_noise_type asks for normal noise and gets uniform
+    noise; ours would draw normal noise, so the test asks for uniform noise.
     """
     g = {key.split('/')[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(name + '/')}
     model = Small().double()
@@ -109,9 +110,10 @@ def test_golden(name):
     sizes, together, chunks = g['batch_sizes'].tolist(), int(g['bm']), int(g['bs']) // int(g['mbs'])
     steps_per_epoch, epoch = math.ceil(len(sizes) / together), int(g['epoch'])
     adapt, uniform = str(g['adapt_type']), g['noise_type'] == 'uniform' or g['adapt_type'] == 'weight'
-    optimizer = Replayed(params, 0.1, float(g['ss']), 'uniform' if uniform else 'normal', adapt, str(g['smoothing_type']),
-                         float(g['ai']), float(g['ts']), total_steps=int(g['epochs']) * steps_per_epoch,
-                         first_step=epoch * steps_per_epoch, exclude=batch_norm_parameters(model) if g['exclude_bn'] else (),
+    optimizer = Replayed(params, 0.1, float(g['ss']), 'uniform' if uniform else 'normal', adapt,
+                         str(g['smoothing_type']), float(g['ai']), float(g['ts']),
+                         total_steps=int(g['epochs']) * steps_per_epoch, first_step=epoch * steps_per_epoch,
+                         exclude=batch_norm_parameters(model) if g['exclude_bn'] else (),
                          momentum=0.9, weight_decay=1e-4)
     raw = g['raw'] if g['ss'] else np.zeros_like(g['raw'])  # without ss the original drew nothing
     raw = 2 * raw - 1 if uniform else raw
@@ -123,7 +125,8 @@ def test_golden(name):
         first += size
     chunk, updates = 0, 0
     for start in range(0, len(batches), together):
-        before, update = vector(params), [(x.chunk(chunks), y.chunk(chunks)) for x, y in batches[start:start + together]]
+        update = [(x.chunk(chunks), y.chunk(chunks)) for x, y in batches[start:start + together]]
+        before = vector(params)
         close(before, g['params_after'][updates - 1] if updates else GOLDEN['params0'])
 
         def closure():
@@ -205,7 +208,8 @@ def test_filter_normalization_against_the_plain_loop(seed, shape, zero):
 def test_coefficients_by_hand():
     for step in range(0, 101, 5):
         assert smoothing_coefficient('constant', step) == 1
-        assert smoothing_coefficient('anneal', step, anneal_index=0.7) == pytest.approx(math.exp(-0.35 * math.log(1 + step)))
+        power = math.exp(-0.35 * math.log(1 + step))
+        assert smoothing_coefficient('anneal', step, anneal_index=0.7) == pytest.approx(power)
         logistic = 1 / (1 + math.exp(-2 * 6 * (step / 100 - 0.5)))
         assert smoothing_coefficient('tanh', step, 100, tanh_scale=6) == pytest.approx(logistic)
     assert smoothing_coefficient('anneal', 0) == 1 and smoothing_coefficient('anneal', 15, anneal_index=1) == 0.25
@@ -240,7 +244,8 @@ def test_distribution_of_the_noise(noise, adapt):
         if adapt == 'filter':
             if p.dim() == 1:  # of which only the signs are random
                 assert abs((n > 0).double().mean() - 0.5) < 0.02
-                assert (n.abs() <= 0.01 * p.abs() + 1e-12).all() and (n.abs() > 0.00999 * p.abs()).double().mean() > 0.99
+                assert (n.abs() <= 0.01 * p.abs() + 1e-12).all()
+                assert (n.abs() > 0.00999 * p.abs()).double().mean() > 0.99
                 continue
             torch.testing.assert_close(n.norm(dim=1), 0.01 * p.norm(dim=1), rtol=1e-5, atol=0)
             v = n / n.norm(dim=1, keepdim=True) * math.sqrt(300 / 3 if noise == 'uniform' else 300)
@@ -337,8 +342,9 @@ def test_weights_are_restored_exactly(dtype, adapt):
     for x, targets in problem(50):
         train(optimizer, model, [(x, targets)], seen=seen)
         assert same(model, before)
-    assert not any(torch.equal(p, q) for noisy in seen for p, q, name in zip(noisy, before, dict(model.named_parameters()))
-                   if name != 'bn.bias')  # which is 0, so in proportion to it is none
+    names = dict(model.named_parameters())
+    assert not any(torch.equal(p, q) for noisy in seen for p, q, name in zip(noisy, before, names)
+                   if name != 'bn.bias')  # it is 0, so noise in proportion to it is 0
 
 
 @pytest.mark.parametrize('part', [0, 1, 2])
@@ -454,8 +460,8 @@ def test_resumed_training_goes_on_bit_for_bit(base, options, schedule):
 
     def create(model):
         rest = [*model.bn.parameters(), *model.fc.parameters()]
-        return SmoothOut([dict(params=model.conv.parameters(), ss=0.3), dict(params=rest, lr=0.01)], 0.05, 0.1, 'normal',
-                         'filter', base_optimizer=base, **schedule, **options)
+        groups = [dict(params=model.conv.parameters(), ss=0.3), dict(params=rest, lr=0.01)]
+        return SmoothOut(groups, 0.05, 0.1, 'normal', 'filter', base_optimizer=base, **schedule, **options)
     optimizer = create(model)
     train(optimizer, model, batches[:6])
     saved = through_a_file([model.state_dict(), optimizer.state_dict()])
@@ -477,7 +483,8 @@ def test_resumed_training_goes_on_bit_for_bit(base, options, schedule):
 
 
 @pytest.mark.parametrize('schedule', [lambda o: StepLR(o, 3, gamma=0.3),
-                                      lambda o: OneCycleLR(o, 0.5, total_steps=13, base_momentum=0.5, max_momentum=0.9)])
+                                      lambda o: OneCycleLR(o, 0.5, total_steps=13, base_momentum=0.5,
+                                                           max_momentum=0.9)])
 def test_schedulers_act_on_it_before_and_after_loading(schedule):
     batches = problem()
     model, plain = small(dtype=torch.float64), small(dtype=torch.float64)

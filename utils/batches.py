@@ -75,13 +75,15 @@ class Batches:
     order.
     """
 
-    def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None, workers=1):
+    def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None,
+                 workers=1):
         self.device, self.batch_size = torch.device(device), batch_size
         self.num_classes, self.class_counts = len(split.classes), split.class_counts()
         self.images, self.labels = split.images.to('cpu' if transform else device), split.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
         self.padding, self.flip, self.cutout, self.transform, self.workers = padding, flip, cutout, transform, workers
-        self.augments = bool(padding or flip or cutout or transform)  # in `shuffled`; or may do so, as nobody knows a transform
+        # in `shuffled`; or may do so, as nobody knows a transform
+        self.augments = bool(padding or flip or cutout or transform)
 
     def __len__(self):
         return -(-len(self.labels) // self.batch_size)
@@ -122,7 +124,8 @@ class Batches:
         """
         order, offsets, mirrored = (draw.to(self.images.device) for draw in draws)
         if not self.transform:
-            return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part]) for part in positions)
+            return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part])
+                    for part in positions)
         return torch.utils.data.DataLoader(
             TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform, seeds),
             batch_size=None, num_workers=self.workers,
@@ -130,7 +133,9 @@ class Batches:
             worker_init_fn=ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
 
     def normalise(self, images):
-        """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in channels_last; float images stay as they are."""
+        """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in channels_last; float images stay as
+        they are.
+        """
         images = images.to(self.device, non_blocking=True)
         if images.is_floating_point():
             return images.contiguous(memory_format=torch.channels_last)
@@ -172,7 +177,9 @@ def seed_everything(seeds, *key):
 
 @contextlib.contextmanager
 def random_state_kept():
-    """The program's random state is after the block what it was before: without workers it is the main process that draws."""
+    """The program's random state is after the block what it was before: without workers it is the main process that
+    draws.
+    """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -1,4 +1,6 @@
-"""Checkpoints: plain tensors, numbers, strings, lists and dicts, written whole or not at all, read without running code."""
+"""Checkpoints: plain tensors, numbers, strings, lists and dicts, written whole or not at all, read without running
+code.
+"""
 import contextlib
 import os
 import random
@@ -14,7 +16,8 @@ LAST, BEST, RESULT = 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json'  
 CONTENTS = {'epoch': int, 'network': dict, 'state_dict': dict, 'optimizer': dict, 'random_state': dict, 'mean': list,
             'std': list, 'classes': list, 'best': dict, 'args': dict}
 # All that a run writes into its folder. Other files there are not touched, and do not matter.
-RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', 'skipped.txt', RESULT)
+RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', 'skipped.txt',
+           RESULT)
 
 
 def results_in(folder):
@@ -52,7 +55,8 @@ def _is_in(folder, path):
 
 
 def enter_folder(folder, resume, overwrite, finished=False):
-    """The first writing to `folder`: drop what is to be overwritten, copy the best epoch of a run resumed from elsewhere.
+    """The first writing to `folder`: drop what is to be overwritten, copy the best epoch of a run resumed from
+    elsewhere.
 
     finished: nothing is left to train, so that the result of a run that resumes in its folder stays until there is
     another. UserError if another run has entered the folder since it was checked.
@@ -82,10 +86,12 @@ def save(path, state):
 
 
 def read(path, script=None):
-    """The checkpoint at `path`, on the CPU; UserError if it is missing, damaged, or not of the `script` that is named."""
+    """The checkpoint at `path`, on the CPU; UserError if it is missing, damaged, or not of the `script` that is named.
+    """
     state = _read_file(path)
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in CONTENTS.items()):
-        raise UserError(f'{path} is not a checkpoint of {script or "cifar.py or imagenet.py"}, which holds {", ".join(CONTENTS)}')
+        raise UserError(f'{path} is not a checkpoint of {script or "cifar.py or imagenet.py"}, which holds '
+                        f'{", ".join(CONTENTS)}')
     state.setdefault('script', 'cifar.py')  # the only one when it was not yet written down
     state['args'] = flags.with_todays_names(state['args'])
     if script not in (None, state['script']):
@@ -123,7 +129,8 @@ def initialise(model, path):
         held = {f'backbone.{name}': value for name, value in held.items()}
     fitting = {name: value for name, value in held.items() if name in wanted and value.shape == wanted[name].shape}
     if not fitting:
-        raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and the network has '
+        raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and the network '
+                        'has '
                         f'{_listed(wanted)}')
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
@@ -183,7 +190,9 @@ def read_arguments(parser, script, folder_of, evaluated_without_resume=None):
 
 
 def inherited_flags(state):
-    """The flags, name -> value, that a checkpoint hands on: never where to write or what to overwrite, whatever it holds."""
+    """The flags, name -> value, that a checkpoint hands on: never where to write or what to overwrite, whatever it
+    holds.
+    """
     return {name: value for name, value in state['args'].items() if flags.meaning(name).resume != flags.START}
 
 
@@ -205,14 +214,17 @@ def _check_auto(args, held, parser):
     for name in sorted(args.given & held.keys()):
         if flags.meaning(name).resume not in (flags.FREE, flags.START):
             flag = parser.spelling(name)
-            parser.error(f'--resume auto would resume the run in {os.path.dirname(args.resume)}, which has {flag} {held[name]}, '
-                         f'not {getattr(args, name)}; give another --checkpoint, or --resume {args.resume} to change it')
+            parser.error(f'--resume auto would resume the run in {os.path.dirname(args.resume)}, which has {flag} '
+                         f'{held[name]}, '
+                         f'not {getattr(args, name)}; give another --checkpoint, or --resume {args.resume} to change '
+                         'it')
 
 
 def _check_flags(args, state, parser):
     """Refuse, on the command line of a resumed run, what would contradict the checkpoint."""
     if 'arch' in args.given and args.arch != state['network'].get('arch'):
-        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} was given')
+        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} '
+                        'was given')
     for name in sorted(args.given):
         resume, flag = flags.meaning(name).resume, parser.spelling(name)
         if resume == flags.BEGIN:
@@ -255,7 +267,8 @@ def class_name(optimizer):
 
 
 def load_optimizer(optimizer, state, path):
-    """Load the optimizer's state, and those of its options that are made as they were made then; others are as made now.
+    """Load the optimizer's state, and those of its options that are made as they were made then; others are as made
+    now.
 
     So flags and edits of a script win over the checkpoint, and an option that an optimizer changes itself is resumed.
     UserError if the checkpoint is of another class or network.
@@ -299,13 +312,16 @@ def begin_random_state(state, seed):
 
 
 def check_position(state, steps, args):
-    """UserError if the checkpoint is of the middle of an epoch of other batches than this run has, which are `steps`."""
+    """UserError if the checkpoint is of the middle of an epoch of other batches than this run has, which are `steps`.
+    """
     if state.get('step'):
         held = len(state['meter']['losses']), state['args']['train_batch'] * state['args']['batch_multiplier']
         found = steps, args.train_batch * args.batch_multiplier
         if found != held:
-            raise UserError(f'{args.resume} is of the middle of an epoch of {held[0]} batches of {held[1]} images, and this run '
-                            f'has {found[0]} of {found[1]}; the data and --train-batch cannot change until the epoch is over')
+            raise UserError(f'{args.resume} is of the middle of an epoch of {held[0]} batches of {held[1]} images, '
+                            'and this run '
+                            f'has {found[0]} of {found[1]}; the data and --train-batch cannot change until the epoch '
+                            'is over')
 
 
 def check_epochs(state, args, parser):

@@ -11,7 +11,8 @@ from utils.errors import UserError
 def add_arguments(group):
     group.add_argument('--val-split', type=bounded(float, 0, 0.9, above=True), metavar='F',
                        help='part of the training set that chooses the best epoch; the test set is then read once')
-    group.add_argument('--imbalance', choices=('exp', 'step'), help='long-tailed training set: fewer and fewer images from class '
+    group.add_argument('--imbalance', choices=('exp', 'step'), help='long-tailed training set: fewer and fewer images '
+                                                                    'from class '
                        'to class, or few in the second half of the classes')
     group.add_argument('--imbalance-factor', type=bounded(float, 0, 1, above=True), metavar='F',
                        help='images of the rarest class over images of the most frequent one (0.1)')
@@ -33,7 +34,9 @@ def check_arguments(args, parser):
 
 
 def left_by(args):
-    """Words for what leaves fewer images to train on, such as ' that --val-split 0.1 leaves'; none without such a flag."""
+    """Words for what leaves fewer images to train on, such as ' that --val-split 0.1 leaves'; none without such a
+    flag.
+    """
     flags = {'--val-split': args.val_split, '--imbalance': args.imbalance, '--train-fraction': args.train_fraction}
     words = [f'{flag} {value}' for flag, value in flags.items() if value]
     return f' that {" and ".join(words)} leaves' if words else ''
@@ -57,13 +60,15 @@ def apply(args, split):
 
 
 def split_validation(split, fraction, seed):
-    """(training part, validation part). Of each class a share of `fraction` is set aside, at least one image, and one remains.
+    """(training part, validation part). Of each class a share of `fraction` is set aside, at least one image, and one
+    remains.
 
     Raises UserError if a class has a single image.
     """
     counts = split.class_counts()
     if min(counts) < 2:
-        raise UserError(f'--val-split {fraction} needs two images of each class, and {split.classes[np.argmin(counts)]} has '
+        raise UserError(f'--val-split {fraction} needs two images of each class, and '
+                        f'{split.classes[np.argmin(counts)]} has '
                         f'{min(counts)} of {sum(counts)}')
     sizes = [min(max(round(count * fraction), 1), count - 1) for count in counts]
     chosen = choose(split, sizes, np.random.default_rng((seed, 0)))
@@ -72,7 +77,8 @@ def split_validation(split, fraction, seed):
 
 
 def imbalanced_sizes(kind, factor, num_classes, images):
-    """Images of each class in a long-tailed set made of `images` balanced ones (Cao et al., arXiv 1906.07413, as their code).
+    """Images of each class in a long-tailed set made of `images` balanced ones (Cao et al., arXiv 1906.07413, as their
+    code).
 
     exp   int(n_max factor^(c / (C - 1))) of class c, where C = num_classes and n_max = images / C step  int(n_max) of
     the first half of the classes, int(n_max factor) of the others; of an odd C the larger half are those
@@ -90,8 +96,10 @@ def imbalanced(split, kind, factor, seed):
     """
     sizes = imbalanced_sizes(kind, factor, len(split.classes), len(split.labels))
     if min(sizes) < 1:
-        raise UserError(f'--imbalance-factor {factor} leaves class {split.classes[np.argmin(sizes)]} without an image, as the '
-                        f'{len(split.classes)} classes have {len(split.labels) / len(split.classes):g} each; give a larger one')
+        raise UserError(f'--imbalance-factor {factor} leaves class {split.classes[np.argmin(sizes)]} without an '
+                        'image, as the '
+                        f'{len(split.classes)} classes have {len(split.labels) / len(split.classes):g} each; give a '
+                        'larger one')
     return split.subset(torch.from_numpy(choose(split, sizes, np.random.RandomState(seed))))
 
 
@@ -109,13 +117,15 @@ def choose(split, sizes, generator):
 
 
 def with_label_noise(split, fraction, seed):
-    """Symmetric noise: round(fraction * N) of the N images get another label, each of the others with the same probability.
+    """Symmetric noise: round(fraction * N) of the N images get another label, each of the others with the same
+    probability.
 
     Raises UserError if there is only one class.
     """
     classes = len(split.classes)
     if classes < 2:
-        raise UserError(f'--label-noise {fraction} needs another class to take a wrong label from, and there is only one class')
+        raise UserError(f'--label-noise {fraction} needs another class to take a wrong label from, and there is only '
+                        'one class')
     generator = np.random.default_rng((seed, 2))
     wrong = generator.permutation(len(split.labels))[:round(fraction * len(split.labels))]
     labels = split.labels.clone()

@@ -29,7 +29,8 @@ class Known(NamedTuple):
 
     @property
     def policy(self):
-        """The policy of AutoAugment: for digits the policy learned on SVHN, otherwise the policy learned on CIFAR-10."""
+        """The policy of AutoAugment: for digits the policy learned on SVHN, otherwise the policy learned on CIFAR-10.
+        """
         return 'cifar10' if self.flip else 'svhn'
 
 
@@ -47,7 +48,8 @@ DATASETS = {
 def dataset_name(text):
     """An argparse type: one of DATASETS, or module:Class for a torch Dataset of one's own."""
     if text not in DATASETS and not re.fullmatch(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*', text):
-        raise argparse.ArgumentTypeError(f'invalid choice: {text!r} (choose from {", ".join(DATASETS)}, or module:Class for a '
+        raise argparse.ArgumentTypeError(f'invalid choice: {text!r} (choose from {", ".join(DATASETS)}, or '
+                                         'module:Class for a '
                                          'torch Dataset of your own)')
     return text
 
@@ -81,7 +83,8 @@ def load(name, root, part, image_size=32, workers=4):
     A data set of one's own is a `LazySplit` where it is too large for memory.
     """
     if own_dataset.is_own(name):
-        split = _read.pop((name, root, part, image_size), None) or own_dataset.load(name, root, part, image_size, workers)
+        split = _read.pop((name, root, part, image_size),
+                          None) or own_dataset.load(name, root, part, image_size, workers)
     elif name == 'digits':
         split = _digits(part)
     elif name == 'folder':
@@ -108,7 +111,8 @@ def _checked(split, what):
 
 
 def _digits(part):
-    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32: 1,437 to train and 360 to test, always the same."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32: 1,437 to train and 360 to test, always the same.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -130,7 +134,8 @@ def _list_folder(root, part):
 
     path = os.path.join(root, part)
     if not os.path.isdir(path):
-        raise UserError(f'--dataset folder reads --data DIR with DIR/train/CLASS/*.png|jpg and DIR/test/CLASS/*.png|jpg, '
+        raise UserError('--dataset folder reads --data DIR with DIR/train/CLASS/*.png|jpg and '
+                        'DIR/test/CLASS/*.png|jpg, '
                         f'but there is no folder {path}')
     try:
         return ImageFolder(path)
@@ -139,7 +144,9 @@ def _list_folder(root, part):
 
 
 def open_image(path):
-    """The image in a file, as RGB; ValueError with the reason, in one line, if it is damaged or has above 8 bits a channel."""
+    """The image in a file, as RGB; ValueError with the reason, in one line, if it is damaged or has above 8 bits a
+    channel.
+    """
     try:
         with Image.open(path) as image:
             if image.mode.startswith(('I', 'F')):
@@ -195,7 +202,8 @@ def _archives(name, source, part):
     if name == 'svhn':
         url, filename, md5 = source.split_list[part]
         return url, [(filename, md5)]
-    return source.mirrors[0], [(os.path.join(source.__name__, 'raw', filename), md5) for filename, md5 in source.resources]
+    return source.mirrors[0], [(os.path.join(source.__name__, 'raw', filename), md5) for filename,
+                               md5 in source.resources]
 
 
 def _fetch(name, root, make, url, archives):

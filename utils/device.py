@@ -34,10 +34,13 @@ def autocast(args, images):
 
 
 def environment(device):
-    """What a number should be reported with: {'commit': of this repository or None, 'device': its name, 'torch': version}."""
+    """What a number should be reported with: {'commit': of this repository or None, 'device': its name, 'torch':
+    version}.
+    """
     def git(*command):
         try:
-            return subprocess.run(('git', *command), cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+            return subprocess.run(('git', *command), cwd=pathlib.Path(__file__).parent, capture_output=True,
+                                  text=True).stdout.strip()
         except OSError:  # no git here
             return ''
 

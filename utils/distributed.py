@@ -25,7 +25,8 @@ def start():
     cuda = torch.cuda.is_available()
     if cuda:
         if local_rank() >= torch.cuda.device_count():
-            raise UserError(f'torchrun started process {local_rank() + 1} on this machine, which has {torch.cuda.device_count()} '
+            raise UserError(f'torchrun started process {local_rank() + 1} on this machine, which has '
+                            f'{torch.cuda.device_count()} '
                             'CUDA devices; give --nproc-per-node as many as there are devices')
         torch.cuda.set_device(local_rank())
     store, own_rank, processes = next(dist.rendezvous('env://'))
@@ -145,11 +146,13 @@ def data_parallel(model):
         return model
     norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
     if any(norm.momentum is None for norm in norms):
-        raise UserError('BatchNorm with momentum None, an average over all batches, cannot be trained by several processes')
+        raise UserError('BatchNorm with momentum None, an average over all batches, cannot be trained by several '
+                        'processes')
     kind = torch.nn.parallel.DistributedDataParallel
     # utils/parts.py takes care of buffers; the option that says so has another name from PyTorch 2.14 on.
     parameters = inspect.signature(kind.__init__).parameters
-    return kind(model, **{'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers': False})
+    return kind(model, **{'forward_sync_buffers' if 'forward_sync_buffers' in parameters
+                          else 'broadcast_buffers': False})
 
 
 def pause_unless_first():

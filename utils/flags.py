@@ -1,4 +1,6 @@
-"""The command line: argparse with the habits that all scripts share, the flags of both scripts, and what each flag means."""
+"""The command line: argparse with the habits that all scripts share, the flags of both scripts, and what each flag
+means.
+"""
 import argparse
 import math
 import re
@@ -205,11 +207,13 @@ def add_training_arguments(group, train_batch, test_batch):
     group.add_argument('--train-batch', type=bounded(int, 1), default=train_batch, metavar='N',
                        help=f'images of a batch, all processes together ({train_batch})')
     group.add_argument('--mini-batch', type=bounded(int, 1), metavar='N',
-                       help='ghost batches of N: pass each batch in parts with BatchNorm statistics (and noise) of their own')
+                       help='ghost batches of N: pass each batch in parts with BatchNorm statistics (and noise) of '
+                            'their own')
     group.add_argument('--batch-multiplier', type=bounded(int, 1), default=1, metavar='N',
                        help='step along the mean gradient of N batches (1)')
     group.add_argument('--test-batch', type=bounded(int, 1), default=test_batch, metavar='N', help=f'({test_batch})')
-    group.add_argument('--clip-norm', type=bounded(float, 0, above=True), metavar='NORM', help='largest norm of the gradient')
+    group.add_argument('--clip-norm', type=bounded(float, 0, above=True), metavar='NORM',
+                       help='largest norm of the gradient')
     group.add_argument('--label-smoothing', type=bounded(float, 0, 1), default=0.0, metavar='S',
                        help='spread this part of each target over all classes (0)')
     group.add_argument('--ema', type=bounded(float, 0, 0.999999999, above=True), metavar='DECAY',
@@ -221,13 +225,16 @@ def add_run_arguments(group, folder):
     group.add_argument('-c', '--checkpoint', metavar='DIR', help=f'results ({folder})')
     group.add_argument('--overwrite', action='store_true', help='replace the run in that folder')
     group.add_argument('--resume', metavar='FILE',
-                       help='resume from a checkpoint, with its flags unless given here; "auto": from the checkpoint in the '
+                       help='resume from a checkpoint, with its flags unless given here; "auto": from the checkpoint '
+                            'in the '
                        'run\'s folder, if there is one')
     group.add_argument('--init', metavar='FILE',
                        help='begin with the weights of a checkpoint, or of a state_dict, where names and shapes fit')
-    group.add_argument('--checkpoint-every', type=bounded(int, 1), metavar='N', help='also within an epoch, every N batches')
+    group.add_argument('--checkpoint-every', type=bounded(int, 1), metavar='N',
+                       help='also within an epoch, every N batches')
     group.add_argument('-e', '--evaluate', action='store_true', help='only test the checkpoint of --resume')
-    group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', metavar='N', help='(drawn and printed)')
+    group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', metavar='N',
+                       help='(drawn and printed)')
     group.add_argument('--deterministic', action='store_true', help='same seed, same bits')
     group.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32', help='bf16: autocast (fp32)')
     group.add_argument('--compile', action='store_true', help='torch.compile the model')

@@ -1,4 +1,5 @@
-"""Images that do not fit in memory, such as ImageNet: listed at the start, decoded and augmented by worker processes."""
+"""Images that do not fit in memory, such as ImageNet: listed at the start, decoded and augmented by worker processes.
+"""
 import os
 import sys
 import warnings
@@ -43,7 +44,9 @@ class Folder(NamedTuple):
 
 
 def read_folders(root):
-    """{'train': `Folder`, 'val': `Folder`} of root/train/CLASS/* and root/val/CLASS/*; UserError if they do not fit together."""
+    """{'train': `Folder`, 'val': `Folder`} of root/train/CLASS/* and root/val/CLASS/*; UserError if they do not fit
+    together.
+    """
     folders = {part: read_folder(root, part) for part in ('train', 'val')}
     differing = sorted(set(folders['train'].classes) ^ set(folders['val'].classes))
     if differing:
@@ -53,7 +56,9 @@ def read_folders(root):
 
 
 def read_folder(root, part):
-    """The `Folder` of root/part/CLASS/*, classes in the order of their names. No image is read. UserError if one is missing."""
+    """The `Folder` of root/part/CLASS/*, classes in the order of their names. No image is read. UserError if one is
+    missing.
+    """
     from torchvision.datasets import ImageFolder
 
     path = os.path.join(root, part)
@@ -64,10 +69,12 @@ def read_folder(root, part):
         listed = ImageFolder(path, allow_empty=True)
     except FileNotFoundError as error:
         raise UserError(f'{path} has no class folders; its images are expected at {path}/CLASS/*.jpg|png') from error
-    folder = Folder([name for name, _ in listed.samples], torch.tensor(listed.targets, dtype=torch.int64), listed.classes)
+    folder = Folder([name for name, _ in listed.samples], torch.tensor(listed.targets, dtype=torch.int64),
+                    listed.classes)
     empty = [name for name, count in zip(folder.classes, folder.class_counts()) if count == 0]
     if empty:
-        raise UserError(f'{path}: every class folder must have an image (jpg, png, ...), but there is none in {_some(empty)}')
+        raise UserError(f'{path}: every class folder must have an image (jpg, png, ...), but there is none in '
+                        f'{_some(empty)}')
     return folder
 
 
@@ -117,10 +124,13 @@ def _cut_out(image, size, mean):
 
 
 def evaluation_transform(image_size, resize, interpolation='bilinear'):
-    """PIL image -> uint8 (3, image_size, image_size): the centre of what is scaled to `resize` pixels on the shorter side."""
+    """PIL image -> uint8 (3, image_size, image_size): the centre of what is scaled to `resize` pixels on the shorter
+    side.
+    """
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.Resize(resize, v2.InterpolationMode(interpolation), antialias=True), v2.CenterCrop(image_size),
+    return v2.Compose([v2.Resize(resize, v2.InterpolationMode(interpolation), antialias=True),
+                       v2.CenterCrop(image_size),
                        v2.PILToTensor()])
 
 
@@ -212,7 +222,8 @@ class ImageBatches:
 
 
 class DecodedBatches(torch.utils.data.Dataset):
-    """Of each slice of `order`: images uint8 (batch, 3, height, width), labels int64 (batch,), (path, reason) of failures.
+    """Of each slice of `order`: images uint8 (batch, 3, height, width), labels int64 (batch,), (path, reason) of
+    failures.
 
     With `mix`, images and targets are what it makes of them. first: the index of the first batch.
     """
@@ -227,7 +238,8 @@ class DecodedBatches(torch.utils.data.Dataset):
     def __getitem__(self, item):
         images, labels, failures, part = [], [], [], self.slices[item]
         with batches.random_state_kept(), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', module='PIL')  # odd EXIF data, a palette with transparency: still readable
+            # odd EXIF data, a palette with transparency: still readable
+            warnings.filterwarnings('ignore', module='PIL')
             for position, index in enumerate(self.order[part].tolist(), part.start):
                 try:
                     image = self.folder.image(index)
@@ -242,13 +254,16 @@ class DecodedBatches(torch.utils.data.Dataset):
             else:  # of no images, but of their size
                 images, labels = self.transform(self.folder.blank())[None][:0], self.folder.labels[:0]
             if self.mix:
-                batches.seed_everything(self.seeds, self.first + item, 1)  # the 1: not what the image of that position drew
+                # the 1: not what the image of that position drew
+                batches.seed_everything(self.seeds, self.first + item, 1)
                 images, labels = self.mix(images.float(), labels)
         return images, labels, failures
 
 
 def report_skipped(batches_of, path=None):
-    """Print which images of these {part: batches} could not be read, in any process; `path` lists them, with earlier ones."""
+    """Print which images of these {part: batches} could not be read, in any process; `path` lists them, with earlier
+    ones.
+    """
     skipped = {}
     for part in batches_of.values():
         for process in distributed.all_gather(getattr(part, 'skipped', {})):

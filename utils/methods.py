@@ -85,13 +85,16 @@ def check_arguments(args, parser):
         if unused and name not in args.method:
             parser.error(f'{parser.spelling(unused[0])} is a flag of --method {name}, which is not selected')
         if name in args.method and args.compile and hasattr(module, 'layers'):
-            parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what is '
+            parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what '
+                         'is '
                          'compiled')
         for flag in sorted(getattr(module, 'FIRST_VALUES', set()) & args.given if args.resume else ()):
-            parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its checkpoint')
+            parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its '
+                         'checkpoint')
         mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
         if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
-            parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a mixed '
+            parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a '
+                         'mixed '
                          'image has two')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
@@ -104,7 +107,8 @@ def check_arguments(args, parser):
         setattr(args, f'{weighted[0]}_coef', args.coef)
     for name in weighted:
         if not 0 <= getattr(args, f'{name}_coef') < math.inf:
-            parser.error(f'{_coef_flag(name)} must be a number of at least 0, was given {getattr(args, f"{name}_coef")}')
+            parser.error(f'{_coef_flag(name)} must be a number of at least 0, was given '
+                         f'{getattr(args, f"{name}_coef")}')
 
 
 def _coef_flag(name):
@@ -189,7 +193,8 @@ def build_criterion(args, model):
 
 def default_lr(args):
     """The learning rate that a chosen method brings for its optimizer, or None."""
-    return next((rate for name in args.method if (rate := getattr(METHODS[name], 'DEFAULT_LR', None)) is not None), None)
+    return next((rate for name in args.method if (rate := getattr(METHODS[name], 'DEFAULT_LR', None)) is not None),
+                None)
 
 
 def build_optimizer(args, model, steps_per_epoch, parameters=None):
@@ -223,7 +228,8 @@ def parameter_groups(args, model):
 
 
 def rehearse(args, model, size, images=2, training_images=0):
-    """Pass `images` blank images of `size` pixels a side through a copy: what cannot work is refused before data is read.
+    """Pass `images` blank images of `size` pixels a side through a copy: what cannot work is refused before data is
+    read.
 
     images: 1 if an epoch of training_images images ends with a part of one image, see parts.smallest_part.
     """

@@ -11,7 +11,8 @@ from utils.files import replacing, save_figure
 
 
 class Predictions(Meter):
-    """A Meter that also keeps the probabilities and the targets of all images, on the device until they are asked for."""
+    """A Meter that also keeps the probabilities and the targets of all images, on the device until they are asked for.
+    """
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -24,13 +25,15 @@ class Predictions(Meter):
 
     def of_all_images(self):
         """Probabilities (N, classes), float32, and targets (N,) of the images of all processes, NumPy arrays."""
-        own = [(probabilities.cpu().numpy(), targets.cpu().numpy()) for probabilities, targets in zip(self.probabilities, self.targets)]
+        own = [(probabilities.cpu().numpy(), targets.cpu().numpy()) for probabilities,
+               targets in zip(self.probabilities, self.targets)]
         pairs = [pair for pairs in distributed.all_gather(own) for pair in pairs]
         return tuple(np.concatenate(arrays) for arrays in zip(*pairs))
 
 
 def of_classes(probabilities, targets):
-    """A dict of numbers in percent, and the confusion matrix (classes, classes): rows are true, columns predicted classes.
+    """A dict of numbers in percent, and the confusion matrix (classes, classes): rows are true, columns predicted
+    classes.
 
     'class accuracy': a list, the recall of each class (None where there is no image of it). 'balanced accuracy': their
     mean. 'calibration error': see `calibration_error`.
@@ -40,7 +43,8 @@ def of_classes(probabilities, targets):
 
     predicted, classes = probabilities.argmax(axis=1), range(probabilities.shape[1])
     recall = recall_score(targets, predicted, labels=classes, average=None, zero_division=np.nan)
-    values = {'balanced accuracy': 100 * np.nanmean(recall).item(), 'calibration error': 100 * calibration_error(probabilities, targets),
+    values = {'balanced accuracy': 100 * np.nanmean(recall).item(),
+              'calibration error': 100 * calibration_error(probabilities, targets),
               'class accuracy': [None if np.isnan(value) else 100 * value for value in recall.tolist()]}
     return values, confusion_matrix(targets, predicted, labels=classes)
 
@@ -64,7 +68,8 @@ def class_report(classes, values, at_most=20):
     words = [f'{name} {share:.2f}%' for share, name in ordered[:at_most]]
     width = max(map(len, words)) + 2
     lines = [''.join(word.ljust(width) for word in words[i:i + 5]).rstrip() for i in range(0, len(words), 5)]
-    return '\n'.join([f'balanced accuracy {values["balanced accuracy"]:.2f}% | calibration error {values["calibration error"]:.2f}% | '
+    return '\n'.join([f'balanced accuracy {values["balanced accuracy"]:.2f}% | calibration error '
+                      f'{values["calibration error"]:.2f}% | '
                       f'accuracy by class{f", the {at_most} worst of {len(classes)}" if len(ordered) > at_most else ""}:', *lines])
 
 
@@ -83,7 +88,9 @@ def plus_minus(mean, deviation, form):
 
 
 def write_confusion(matrix, classes, table, picture):
-    """The confusion matrix as a CSV file `table` with the classes as header and first column, and as a picture of its rows' shares."""
+    """The confusion matrix as a CSV file `table` with the classes as header and first column, and as a picture of its
+    rows' shares.
+    """
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -95,7 +102,8 @@ def write_confusion(matrix, classes, table, picture):
     few, labels = len(classes) <= 20, [name.replace('$', r'\$') for name in classes]  # between two $ would be a formula
     figure = Figure(figsize=(3 + 0.5 * min(len(classes), 30),) * 2, layout='constrained')
     axes = figure.add_subplot()
-    ConfusionMatrixDisplay(shares, display_labels=labels).plot(ax=axes, include_values=few, values_format='.0f', cmap='Blues',
+    ConfusionMatrixDisplay(shares, display_labels=labels).plot(ax=axes, include_values=few, values_format='.0f',
+                                                               cmap='Blues',
                                                                xticks_rotation='vertical', colorbar=False)
     axes.set(title='percent of each true class')
     if not few:

@@ -105,13 +105,15 @@ def _make(name, root, part):
     offered = {'root': root, 'train': part == 'train', 'split': part}
     taken = {key: value for key, value in offered.items() if key in parameters}
     if not {'train', 'split'} & set(taken):
-        raise UserError(f'--dataset {name} must have a parameter train (True or False) or split (train or test), which chooses '
+        raise UserError(f'--dataset {name} must have a parameter train (True or False) or split (train or test), '
+                        'which chooses '
                         f'the part; it has {", ".join(parameters) or "none"}')
     try:
         dataset = make(**taken)
         empty = len(dataset) == 0
     except Exception as error:
-        raise UserError(f'--dataset {name} ({part}) cannot be made ({type(error).__name__}: {one_line(error)})') from error
+        raise UserError(f'--dataset {name} ({part}) cannot be made ({type(error).__name__}: '
+                        f'{one_line(error)})') from error
     if empty:
         raise UserError(f'--dataset {name} ({part}) is empty; it needs at least one image')
     return dataset
@@ -135,13 +137,16 @@ class _Items(torch.utils.data.Dataset):
 
 
 def _item(dataset, index, image_size):
-    """(PIL image of image_size x image_size, label); ValueError with the reason. What is drawn depends on the index alone."""
+    """(PIL image of image_size x image_size, label); ValueError with the reason. What is drawn depends on the index
+    alone.
+    """
     with batches.random_state_kept():
         batches.seed_everything((0, 0), index)
         try:
             image, label = dataset[index]
         except Exception as error:
-            raise ValueError(f'a pair (image, label) is expected, and there was {type(error).__name__}: {one_line(error)}'
+            raise ValueError(f'a pair (image, label) is expected, and there was {type(error).__name__}: '
+                             f'{one_line(error)}'
                              ) from error
     try:
         label = operator.index(label.item() if hasattr(label, 'item') else label)
@@ -161,7 +166,8 @@ def _as_pil(image):
     channels_first = pixels.ndim == 3 and shape[0] in (1, 3) and (torch.is_tensor(image) or shape[2] not in (1, 3))
     pixels = pixels.transpose(1, 2, 0) if channels_first else pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise ValueError(f'an image must be (H, W), (H, W, 3) or (3, H, W), or a PIL image, was given {shape or type(image)}')
+        raise ValueError('an image must be (H, W), (H, W, 3) or (3, H, W), or a PIL image, was given '
+                         f'{shape or type(image)}')
     if pixels.dtype.kind == 'f' and pixels.min() >= 0 and pixels.max() <= 1:
         pixels = (255 * pixels).round().astype(np.uint8)
     if pixels.dtype != np.uint8:

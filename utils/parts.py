@@ -11,7 +11,9 @@ from utils.eval import shown_logits
 
 
 class Batch(NamedTuple):
-    """images: float (N, 3, height, width), of this process. targets: (N,), or (N, classes). size: images of all processes."""
+    """images: float (N, 3, height, width), of this process. targets: (N,), or (N, classes). size: images of all
+    processes.
+    """
     images: torch.Tensor
     targets: torch.Tensor
     size: int
@@ -80,14 +82,18 @@ class Parts:
         return sum(self.kept_losses)
 
     def _renew_noise(self, noise_index, position, batch_size):
-        """New noise where a ghost batch, or else a batch of --train-batch, begins; returns how often there was new noise."""
+        """New noise where a ghost batch, or else a batch of --train-batch, begins; returns how often there was new
+        noise.
+        """
         wanted = min(position, batch_size - 1) // self.noise_batch
         if wanted > noise_index and hasattr(self.optimizer, 'next_part'):
             self.optimizer.next_part(wanted - noise_index)
         return max(wanted, noise_index)
 
     def _averaging(self, now):
-        """A context for a forward and backward pass, at whose end DistributedDataParallel averages the gradients if `now`."""
+        """A context for a forward and backward pass, at whose end DistributedDataParallel averages the gradients if
+        `now`.
+        """
         return contextlib.nullcontext() if now or not distributed.active() else self.network.no_sync()
 
 
@@ -112,7 +118,9 @@ class BatchNormStatistics:
 
     @contextlib.contextmanager
     def combined(self, parts):
-        """A context for the passes of one batch, of which this process has `parts`; with 0 a blank pass does not count."""
+        """A context for the passes of one batch, of which this process has `parts`; with 0 a blank pass does not
+        count.
+        """
         if not self.running:
             yield
             return
@@ -147,7 +155,8 @@ def check_parts(args, parser):
     if args.train_batch % (args.mini_batch or 1):
         parser.error(f'--mini-batch {args.mini_batch} does not divide {batch}')
     if args.train_batch // processes % (args.mini_batch or 1):
-        parser.error(f'--mini-batch {args.mini_batch} does not divide the {args.train_batch // processes} images that each of '
+        parser.error(f'--mini-batch {args.mini_batch} does not divide the {args.train_batch // processes} images that '
+                     'each of '
                      f'{processes} processes has of {batch}')
 
 
@@ -155,7 +164,8 @@ def check_batch(args, images, left_by=''):
     """UserError if the batch is larger than the training set of `images` images."""
     if args.train_batch * args.batch_multiplier > images:
         times = f' times --batch-multiplier {args.batch_multiplier}' if args.batch_multiplier > 1 else ''
-        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {images} images{left_by}')
+        raise UserError(f'--train-batch {args.train_batch}{times} is larger than the training set of {images} '
+                        f'images{left_by}')
 
 
 def part_sizes(images, expected, ghost_batch):
@@ -183,6 +193,7 @@ def single_image_explained(args, images):
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
             raise
-        raise UserError(f'BatchNorm cannot train on a single image, and {images} images (less those that cannot be read) in '
+        raise UserError(f'BatchNorm cannot train on a single image, and {images} images (less those that cannot be '
+                        'read) in '
                         f'parts of {ghost_batch(args)} leave one; '
                         f'choose another --{"mini" if args.mini_batch else "train"}-batch') from error

@@ -206,7 +206,8 @@ class Run:
         """What args.json holds."""
         train = self.batches['train']
         derived = ('given', 'inherited', 'regime')
-        return {**{name: value for name, value in vars(self.args).items() if name not in derived}, 'script': self.state['script'], 'as given': self.args.inherited,
+        return {**{name: value for name, value in vars(self.args).items() if name not in derived},
+                'script': self.state['script'], 'as given': self.args.inherited,
                 'network': self.state['network'], 'optimizer class': self.state['optimizer_class'],
                 'parameters': count_parameters(self.model), 'training images by class': train.class_counts,
                 'processes': distributed.world_size(), 'environment': devices.environment(train.device)}

@@ -87,7 +87,8 @@ def fill_in(args, regime, parser, default_lr=None):
     for name in ('lr', 'momentum', 'weight_decay'):
         setattr(args, name, args.regime[0].get(name))
     if args.lr_schedule == 'regime' and args.lr == 0:
-        parser.error(f'the regime of --arch {args.arch} must begin with a learning rate above 0, as the rates of parameter '
+        parser.error(f'the regime of --arch {args.arch} must begin with a learning rate above 0, as the rates of '
+                     'parameter '
                      f'groups follow it in proportion; it has {args.lr}')
     if args.nesterov and args.optimizer != 'SGD':
         parser.error(f'--nesterov is for --optimizer SGD, not {args.optimizer}')

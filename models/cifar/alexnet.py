@@ -1,7 +1,7 @@
 """AlexNet for 32x32 images: the five convolutions of Krizhevsky et al. (NeurIPS 2012), narrowed, and one linear layer.
 
-Initialised as He et al. (2015): the paper's N(0, 0.01) needs its local response normalisation and a
-learning rate cut by hand, neither of which is part of this small version.
+Initialised as in He et al. (2015): the paper's N(0, 0.01) needs its local response normalisation and a learning rate
+that is cut by hand, and this small version has neither.
 """
 import torch.nn as nn
 

@@ -1,7 +1,7 @@
 """DenseNet: Huang et al., CVPR 2017 (arXiv 1608.06993).
 
-DenseNet-BC, L=100, k=12 is depth 100, growth_rate 12, compression_rate 2, block_name Bottleneck: three
-dense blocks, and between them transitions that divide the channels by compression_rate.
+DenseNet-BC, L=100, k=12 is depth 100, growth_rate 12, compression_rate 2, block_name Bottleneck: three dense blocks,
+and between them transitions that divide the number of channels by compression_rate.
 """
 import torch
 import torch.nn as nn

@@ -1,7 +1,8 @@
 """LeNet for digits of 28x28 or 32x32 pixels: LeCun et al., Proceedings of the IEEE 1998, in its usual modern form.
 
-Convolutions of 20 and 50 channels and one hidden layer of 500; ReLU and max-pooling in place of the paper's scaled tanh and
-trainable subsampling, a linear head in place of its radial basis functions. Convolutions initialised as He et al. (2015).
+Convolutions of 20 and 50 channels and one hidden layer of 500; ReLU and max-pooling instead of the paper's scaled tanh
+and trainable subsampling, a linear head instead of its radial basis functions. Convolutions are initialised as in
+He et al. (2015).
 """
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from models.base import ImageClassifier, he_initialise
 
 
 class MaxPoolTo4x4(nn.Module):
-    """Of the 8x8 that images of 28x28 are here, 2x2 windows; of the 10x10 of 32x32 larger ones, which overlap.
+    """Max-pooling to 4x4: in 2x2 windows of 8x8 (images of 28x28), in larger, overlapping windows of 10x10 (32x32).
 
     AdaptiveMaxPool2d has no deterministic gradient on CUDA.
     """

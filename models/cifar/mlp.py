@@ -1,7 +1,7 @@
 """The multilayer perceptron F1 of Keskar et al., ICLR 2017 (arXiv 1609.04836): five hidden layers, batch norm, ReLU.
 
-F1 takes the 784 grey values of a digit; this takes the 3072 of a 32x32 colour image, and brings images of another size to
-32x32 by averaging. `regime` is that of the code of Hoffer, Hubara and Soudry, NeurIPS 2017 (arXiv 1705.08741).
+F1 takes the 784 grey values of a digit; this takes the 3072 values of a 32x32 colour image, and resizes other images to
+32x32 by averaging. `regime` comes from the code of Hoffer, Hubara and Soudry, NeurIPS 2017 (arXiv 1705.08741).
 """
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class MLP(ImageClassifier):
         self.set_head(512, num_classes, classifier)
 
     def features(self, x):
-        # Not called where it is the identity: on CUDA its gradient has no deterministic implementation.
+        # Pooling to the same size is skipped, because on CUDA its gradient has no deterministic implementation.
         if x.shape[2:] != (SIDE, SIDE):
             x = F.adaptive_avg_pool2d(x, SIDE)
         x = self.layer2(self.layer1(x.flatten(1)))

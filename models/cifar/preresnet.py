@@ -11,7 +11,7 @@ from models.base import StagedClassifier, blocks_per_stage, global_average_pool,
 
 
 class PreActivationBlock(nn.Module):
-    """The shortcut that both blocks share; a block itself is `residual`, a function of the activated input."""
+    """The shortcut, the same for both blocks; a block defines `residual`, a function of the activated input."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -62,7 +62,7 @@ BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
 
 
 class PreResNet(StagedClassifier):
-    """As ResNet, with a last batch norm and ReLU, since no block ends with them."""
+    """ResNet with a last batch norm and ReLU, because no block ends with them."""
 
     def __init__(self, block, blocks, stem, widths, num_classes=10, classifier=nn.Linear):
         super().__init__()

@@ -1,8 +1,9 @@
 """PyramidNet: Han, Kim and Kim, CVPR 2017 (arXiv 1610.02915), with additive widening.
 
-Block k of N has round(16 + alpha k / N) channels, and a Bottleneck four times as many at its output; three stages, any depth
-of 6n+2 with BasicBlock or 9n+2 with Bottleneck. Batch norms begin and end a block, no ReLU precedes its first convolution,
-and its shortcut has no parameters: it averages where the block is strided, and the channels that it lacks are zero.
+Block k of N has round(16 + alpha k / N) channels, and a Bottleneck has four times as many at its output; three stages,
+any depth of 6n+2 with BasicBlock or 9n+2 with Bottleneck. A block begins and ends with a batch norm and has no ReLU
+before its first convolution. Its shortcut has no parameters: it averages if the block is strided, and is padded with
+channels of zeros.
 """
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from models.base import StagedClassifier, blocks_per_stage, global_average_pool,
 
 
 class PyramidalBlock(nn.Module):
-    """The shortcut that both blocks share; a block itself is `residual`."""
+    """The shortcut, the same for both blocks; a block defines `residual`."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -67,15 +68,15 @@ BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
 
 
 class PyramidNet(StagedClassifier):
-    """Three stages of `blocks` blocks; unlike in other staged networks every block is wider than the one before."""
+    """Three stages of `blocks` blocks; unlike in other staged networks every block is wider than the previous block."""
 
     def __init__(self, block, blocks, alpha, num_classes=10, classifier=nn.Linear):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.stages = 3
-        total = self.stages * blocks
-        widths = [16, *(block.expansion * round(16 + alpha * k / total) for k in range(1, total + 1))]
+        num_blocks = self.stages * blocks
+        widths = [16, *(block.expansion * round(16 + alpha * k / num_blocks) for k in range(1, num_blocks + 1))]
         layers = [block(in_channels, out_channels, 2 if index in (blocks, 2 * blocks) else 1)
                   for index, (in_channels, out_channels) in enumerate(pairwise(widths))]
         for stage in range(self.stages):

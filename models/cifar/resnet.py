@@ -2,7 +2,7 @@
 
 `resnet`: three stages of 16, 32 and 64 channels, any depth of 6n+2 with BasicBlock or 9n+2 with Bottleneck.
 `resnet18`: four stages of 64 to 512 channels, two BasicBlocks each, 3x3 stem without pooling.
-Where a block changes the shape its shortcut is a 1x1 convolution (option B of the paper).
+The shortcut of a block that changes the shape is a 1x1 convolution (option B of the paper).
 """
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """`channels` and `groups` are of the 3x3 convolution; ResNeXt sets them, ResNet has a quarter of the channels, ungrouped."""
+    """channels, groups: of the 3x3 convolution; in ResNet a quarter of out_channels, and 1 group. ResNeXt sets both."""
     expansion = 4
     convolutions = 3
 
@@ -64,7 +64,7 @@ BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
 
 
 class ResNet(StagedClassifier):
-    """A convolution with `stem` channels, then stages of `blocks` blocks whose outputs have the channels in `widths`."""
+    """A convolution with `stem` channels, then a stage of `blocks` blocks for each number of channels in `widths`."""
 
     def __init__(self, block, blocks, stem, widths, num_classes=10, classifier=nn.Linear):
         super().__init__()

@@ -1,7 +1,7 @@
-"""ResNeXt: Xie et al., CVPR 2017 (arXiv 1611.05431), the CIFAR networks of section 5.2: a ResNet of grouped Bottlenecks.
+"""ResNeXt: Xie et al., CVPR 2017 (arXiv 1611.05431), the CIFAR networks of section 5.2: ResNet of grouped Bottlenecks.
 
-ResNeXt-29, 8x64d is depth 29, cardinality 8, widen_factor 4: stages of 256, 512 and 1024 channels, whose
-3x3 convolutions have 64, 128 and 256 channels in each of the 8 groups.
+ResNeXt-29, 8x64d is depth 29, cardinality 8, widen_factor 4: stages of 256, 512 and 1024 channels, whose 3x3
+convolutions have 64, 128 and 256 channels in each of the 8 groups.
 """
 import torch.nn as nn
 

@@ -1,15 +1,16 @@
-"""The shallow network for CIFAR of Keskar et al., ICLR 2017 (arXiv 1609.04836), C1 and C3: two convolutions, three linear layers.
+"""The shallow networks for CIFAR, C1 and C3, of Keskar et al., ICLR 2017 (arXiv 1609.04836).
 
-With dropout and without biases before the batch norms, as Hoffer, Hubara and Soudry, NeurIPS 2017 (arXiv 1705.08741) and
-SmoothOut (Wen et al., arXiv 1805.07898) train it. `regime` is that of the code of Hoffer et al., which begins at a tenth of
-its highest learning rate. Convolutions initialised as He et al. (2015).
+Two convolutions and three linear layers, with dropout and without biases before the batch norms, as Hoffer, Hubara and
+Soudry, NeurIPS 2017 (arXiv 1705.08741) and SmoothOut (Wen et al., arXiv 1805.07898) train it. `regime` comes from the
+code of Hoffer et al. and begins at a tenth of its highest learning rate. Convolutions are initialised as in He et al.
+(2015).
 """
 import torch.nn as nn
 import torch.nn.functional as F
 
 from models.base import ImageClassifier, he_initialise
 
-POOLED = 7  # what the two poolings make of 32
+POOLED = 7  # side of a 32x32 image after the two poolings
 
 
 def convolution(in_channels):
@@ -23,7 +24,8 @@ def hidden(in_features, out_features):
 
 
 class Shallow(ImageClassifier):
-    regime = {0: {'optimizer': 'SGD', 'lr': 1e-3, 'weight_decay': 5e-4}, 60: {'lr': 1e-2}, 120: {'lr': 1e-3}, 180: {'lr': 1e-4}}
+    regime = {0: {'optimizer': 'SGD', 'lr': 1e-3, 'weight_decay': 5e-4},
+              60: {'lr': 1e-2}, 120: {'lr': 1e-3}, 180: {'lr': 1e-4}}
 
     def __init__(self, num_classes=10, classifier=nn.Linear):
         super().__init__()
@@ -34,7 +36,7 @@ class Shallow(ImageClassifier):
 
     def features(self, x):
         x = self.layer2(self.layer1(x))
-        # Not called where it is the identity: on CUDA its gradient has no deterministic implementation.
+        # Pooling to the same size is skipped, because on CUDA its gradient has no deterministic implementation.
         if x.shape[2:] != (POOLED, POOLED):
             x = F.adaptive_avg_pool2d(x, POOLED)
         return self.layer4(self.layer3(x.flatten(1)))

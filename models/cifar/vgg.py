@@ -1,13 +1,13 @@
 """VGG for 32x32 images: Simonyan and Zisserman, ICLR 2015 (arXiv 1409.1556), configurations A, B, D and E.
 
-The convolutions are the paper's; its three linear layers become one on 512 features. Initialised as
-He et al. (2015), which trains all 19 layers from scratch; the paper copied them from shallower networks.
+The convolutions are the paper's; one linear layer on 512 features replaces its three. Initialised as in He et al.
+(2015), so that all 19 layers train from scratch; the paper copied them from shallower networks.
 """
 import torch.nn as nn
 
 from models.base import ImageClassifier, global_average_pool, he_initialise
 
-# Convolutions in each of the five stages; a 2x2 max-pool ends each stage.
+# Number of convolutions in each of the five stages; each stage ends with a 2x2 max-pool.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 WIDTHS = (64, 128, 256, 512, 512)
 

@@ -1,4 +1,4 @@
-"""Wide ResNet: Zagoruyko and Komodakis, BMVC 2016 (arXiv 1605.07146): a pre-activation ResNet, widened.
+"""Wide ResNet: Zagoruyko and Komodakis, BMVC 2016 (arXiv 1605.07146), a pre-activation ResNet with more channels.
 
 WRN-28-10 is depth 28, widen_factor 10. Dropout is between a block's two convolutions (section 2.4 of the paper).
 """

@@ -30,7 +30,9 @@ AUXILIARY = {'googlenet': (('aux1', 'aux2'), 0.3), 'inception_v3': (('AuxLogits'
 
 
 def default_image_size(arch):
-    """Side, in pixels, of the images that `arch` is usually trained on; weights_preset(arch).crop_size is that of its weights."""
+    """Side, in pixels, of the images that `arch` is usually trained on; weights_preset(arch).crop_size is that of its
+    weights.
+    """
     return 299 if arch == 'inception_v3' else 224
 
 
@@ -51,7 +53,8 @@ def default_weights(arch):
 
 
 def weights_preset(arch):
-    """torchvision's preprocessing for its weights of `arch`: crop_size, resize_size, mean, std, interpolation. No download.
+    """torchvision's preprocessing for its weights of `arch`: crop_size, resize_size, mean, std, interpolation. No
+    download.
 
     Those of GoogLeNet and Inception v3 are for images in [-1, 1], which torchvision's networks make of others only
     where they are built with the weights; here it is in mean and std. ValueError if there are no weights.
@@ -102,7 +105,8 @@ def _size_option(arch, image_size, weights):
     """The option by which torchvision is told the image size, in networks that have parameters for each position."""
     if arch == 'inception_v3' and image_size is not None and image_size < 299:
         # A grid of 17x17 is the least that its auxiliary classifier's convolution takes.
-        raise ValueError(f'--arch {arch} has an auxiliary classifier, for images of at least 299 pixels, was given {image_size}')
+        raise ValueError(f'--arch {arch} has an auxiliary classifier, for images of at least 299 pixels, was given '
+                         f'{image_size}')
     if image_size is None or not arch.startswith(('vit_', 'maxvit_')):
         return {}
     # vit_b_16 cuts patches of 16 pixels; maxvit halves the image 5 times and then still needs windows of 7.
@@ -111,7 +115,8 @@ def _size_option(arch, image_size, weights):
         raise ValueError(f'--pretrained: the weights of {arch} are for images of {weights.meta["min_size"][0]} pixels, '
                          f'was given {image_size}')
     if image_size < unit or image_size % unit:
-        raise ValueError(f'--arch {arch} takes images whose side is a multiple of {unit} pixels, was given {image_size}')
+        raise ValueError(f'--arch {arch} takes images whose side is a multiple of {unit} pixels, was given '
+                         f'{image_size}')
     return {'image_size': image_size} if arch.startswith('vit_') else {'input_size': (image_size, image_size)}
 
 

@@ -5,7 +5,8 @@ from utils.eval import cross_entropy
 
 
 class Attack:
-    """(inputs, targets) -> inputs that raise the cross-entropy, each pixel at most `epsilon` from what it was and still a colour.
+    """(inputs, targets) -> inputs that raise the cross-entropy, each pixel at most `epsilon` from what it was and
+    still a colour.
 
     kind: 'fgsm' is one step of epsilon along the sign of the gradient (Goodfellow et al., ICLR 2015, arXiv 1412.6572);
     'pgd' begins anywhere in the cube and makes `steps` steps of 2.5 epsilon / steps, put back into it after each

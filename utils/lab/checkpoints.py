@@ -12,7 +12,8 @@ from utils.errors import UserError
 from utils.flags import bounded
 from utils.lab.landscape import Landscape
 
-SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}  # imported when they are needed, as torchvision takes a second or more
+# imported when they are needed, as torchvision takes a second or more
+SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}
 
 KEPT = 4  # gigabytes of images, in memory
 
@@ -43,12 +44,15 @@ def add_arguments(parser, modes, default_modes, precision=None):
                        help=f'{", ".join(datasets.DATASETS)}, or module:Class')
     group.add_argument('--data', metavar='DIR', help='where the data is')
     group.add_argument('-j', '--workers', type=bounded(int, 1), metavar='N', help='threads that read images')
-    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=bounded(int, 1), metavar='N', help='in one pass')
+    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=bounded(int, 1), metavar='N',
+                       help='in one pass')
     group = parser.add_argument_group('run')
-    group.add_argument('-a', '--arch', '--model', metavar='NAME', help='not needed; refused if it is not that of the checkpoint')
+    group.add_argument('-a', '--arch', '--model', metavar='NAME',
+                       help='not needed; refused if it is not that of the checkpoint')
     group.add_argument('--precision', choices=('fp32', 'bf16', 'fp64'), default=precision,
                        help=f'bf16: autocast ({precision or "that of the run"})')
-    group.add_argument('--gpu-id', '--gpus', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
+    group.add_argument('--gpu-id', '--gpus', metavar='ID',
+                       help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
     group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', default=0, metavar='N',
                        help='of all that is drawn here (0)')
     group.add_argument('-o', '--out', metavar='DIR', help='where results go (beside the checkpoint)')
@@ -60,11 +64,13 @@ def files_of(args, parser, at_most=None):
     if not named:
         parser.error('a checkpoint is required: FILE')
     if at_most and len(named) > at_most:
-        parser.error(f'at most {at_most} checkpoint{"s" * (at_most > 1)} can be looked at here, and {len(named)} were given')
+        parser.error(f'at most {at_most} checkpoint{"s" * (at_most > 1)} can be looked at here, and {len(named)} were '
+                     'given')
     if len({os.path.realpath(path) for path in named}) < len(named):
         parser.error(f'a checkpoint is named twice in {" ".join(named)}')
     if len({stem(args, path) for path in named}) < len(named):
-        parser.error(f'the results of {" and ".join(named)} would have the same names in --out {args.out}; leave --out away')
+        parser.error(f'the results of {" and ".join(named)} would have the same names in --out {args.out}; leave '
+                     '--out away')
     return named
 
 
@@ -97,10 +103,12 @@ def open_checkpoint(path, args, parser):
     methods.detach_loss_terms(model)
     if args.no_augment:
         if not looks_at_training and not image_batches.input_transform(asked, model):
-            parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never augmented')
+            parser.error(f'--no-augment changes nothing about --mode {" ".join(modes)}, whose images are never '
+                         'augmented')
         asked.no_augment, asked.cutout, asked.auto_augment = True, 0, None
     if 'workers' in args.given and hasattr(script, 'uses_workers') and not script.uses_workers(asked, model):
-        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of its own')
+        parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of '
+                     'its own')
     if getattr(args, 'perturb_batch_norm', False) and not smoothout.batch_norm_parameters(model):
         parser.error(f'--perturb-batch-norm is not used by {path}, a network without BatchNorm')
     model.to(device, torch.float64 if asked.precision == 'fp64' else None, memory_format=torch.channels_last)
@@ -113,7 +121,8 @@ def check_output_folder(folder):
     while not os.path.exists(existing):
         existing = os.path.dirname(existing) or '.'
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise UserError(f'results cannot be written to {folder or "."}, as {existing} is not a folder that may be written to; give another --out')
+        raise UserError(f'results cannot be written to {folder or "."}, as {existing} is not a folder that may be '
+                        'written to; give another --out')
 
 
 def check_alike(subjects):
@@ -121,9 +130,11 @@ def check_alike(subjects):
     first, *others = subjects
     for other in others:
         if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
-            raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be compared')
+            raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be '
+                            'compared')
         if any(image_batches.input_transform(one.args, one.model) for one in (first, other)):
-            raise UserError('a network that transforms its images itself cannot be compared with another; give --no-augment')
+            raise UserError('a network that transforms its images itself cannot be compared with another; give '
+                            '--no-augment')
 
 
 def images_of(subject, part, args):
@@ -205,7 +216,9 @@ def names_of(paths):
 
 
 def stem(args, path):
-    """Where results about the checkpoint at `path` go, without what tells one result from another: beside it, or into --out."""
+    """Where results about the checkpoint at `path` go, without what tells one result from another: beside it, or into
+    --out.
+    """
     return os.path.join(args.out, names_of([path])[0].replace('/', '-')) if args.out else _bare(path)
 
 
@@ -214,7 +227,8 @@ def _bare(path):
 
 
 def description(subject):
-    """What tells this checkpoint from others, wherever it lies: its epoch, and a check sum of its weights and buffers."""
+    """What tells this checkpoint from others, wherever it lies: its epoch, and a check sum of its weights and buffers.
+    """
     number = 0
     for tensor in subject.model.state_dict().values():
         number = zlib.crc32(tensor.cpu().contiguous().numpy(), number)

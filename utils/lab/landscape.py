@@ -33,7 +33,8 @@ class Landscape:
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
 
     def outputs(self, tensors, inputs):
-        """What the model returns for `inputs`, (batch, 3, height, width); tensors: its parameters and buffers by name."""
+        """What the model returns for `inputs`, (batch, 3, height, width); tensors: its parameters and buffers by name.
+        """
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             return functional_call(self.model, tensors, (inputs.to(self.weights.dtype),))
 
@@ -55,7 +56,8 @@ class Landscape:
 
     def at(self, weights=None, buffers=None):
         """The model's tensors by name, for `outputs`."""
-        return {**(self.buffers if buffers is None else buffers), **self.tensors(self.weights if weights is None else weights)}
+        return {**(self.buffers if buffers is None else buffers),
+                **self.tensors(self.weights if weights is None else weights)}
 
     def loss_and_gradient(self, weights):
         """The loss, a float64 scalar, and its gradient (P,)."""
@@ -96,7 +98,8 @@ class Landscape:
 
     @torch.no_grad()
     def estimated_buffers(self, batches, weights=None):
-        """The buffers with BatchNorm's statistics estimated anew for `weights`: over `batches`, each counting by its images.
+        """The buffers with BatchNorm's statistics estimated anew for `weights`: over `batches`, each counting by its
+        images.
 
         All else, such as dropout, stays as in evaluation. A batch of one image, which has no variance, does not count.
         """

@@ -18,7 +18,8 @@ class Scan:
     def __init__(self, stem, settings, columns, axes, overwrite=False):
         self.path, self.columns, self.axes, self.rows = f'{stem}.csv', columns, axes, {}
         if os.path.exists(self.path) and not os.path.exists(f'{stem}.json') and not overwrite:
-            raise UserError(f'{self.path} is there without {stem}.json, which says how it was measured; use --overwrite, or move it away')
+            raise UserError(f'{self.path} is there without {stem}.json, which says how it was measured; use '
+                            '--overwrite, or move it away')
         if overwrite or not os.path.exists(f'{stem}.json') or not os.path.exists(self.path):
             os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
             write_json(f'{stem}.json', settings)
@@ -37,7 +38,8 @@ class Scan:
                     raise ValueError(f'a row has {len(values)} values')
                 self.rows[tuple(values[:axes])] = values[axes:]
         except (ValueError, OSError) as error:
-            raise UserError(f'{self.path} is not the table of this scan ({error}); use --overwrite, or move it away') from error
+            raise UserError(f'{self.path} is not the table of this scan ({error}); use --overwrite, or move it '
+                            'away') from error
         os.truncate(self.path, sum(len(line.encode()) for line in whole))
 
     def append(self, point, values):
@@ -67,5 +69,6 @@ def check_settings(path, settings):
             if isinstance(before, dict) and isinstance(now, dict):  # the first entry that differs says enough
                 part = next(part for part in {**before, **now} if before.get(part) != now.get(part))
                 name, before, now = f'{name} {part}', before.get(part), now.get(part)
-            raise UserError(f'{path} and what lies beside it were made with other settings ({name}: {json.dumps(before)}, and '
+            raise UserError(f'{path} and what lies beside it were made with other settings ({name}: '
+                            f'{json.dumps(before)}, and '
                             f'{json.dumps(now)} was asked for); use --overwrite, or another --out')
