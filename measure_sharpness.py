@@ -150,7 +150,8 @@ def eigenvalues(landscape, seed, eigenvalue_count, eigenvalue_tolerance):
     def product(vector):
         nonlocal products
         products += 1
-        return landscape.hessian_product(torch.from_numpy(vector).flatten().to(landscape.weights)).double().cpu().numpy()
+        vector = torch.from_numpy(vector).flatten().to(landscape.weights)
+        return landscape.hessian_product(vector).double().cpu().numpy()
 
     hessian = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=np.float64)
     start = torch.randn(size, generator=seeded_generator(seed)).double().numpy()

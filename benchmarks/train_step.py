@@ -179,7 +179,8 @@ def main():
 
     print('epoch of cifar.py / bare loop:', ratio(lambda row: row['ours'] / row['bare']))
     print(f'  with the end of an epoch of {EPOCH} steps:',
-          ratio(lambda row: (row['ours'] * EPOCH / settings.steps + row['end of epoch']) / (row['bare'] * EPOCH / settings.steps)))
+          ratio(lambda row: (row['ours'] * EPOCH / settings.steps + row['end of epoch'])
+                / (row['bare'] * EPOCH / settings.steps)))
     print('images per second over the usual pipeline, fp32:', ratio(lambda row: row['usual'] / row['ours']))
     print('images per second over the usual pipeline, bf16:', ratio(lambda row: row['usual'] / row['ours bf16']))
 

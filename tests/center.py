@@ -1,4 +1,5 @@
-"""Center loss, written as somebody who adds a method would: Wen, Zhang, Li and Qiao, ECCV 2016, equation 2, learned centres.
+"""Center loss, written as somebody who adds a method would: Wen, Zhang, Li and Qiao, ECCV 2016, equation 2, learned
+centres.
 
     loss = coef * mean over the batch of 1/2 |features - centre of the target's class|^2
 """

@@ -104,7 +104,9 @@ def contents(folder):
 
 
 def toy_runs(**flags):
-    """A fixture: the folder of short trainings on 160 digits, one for each name, with these flags of cifar.py. No curves are drawn."""
+    """A fixture: the folder of short trainings on 160 digits, one for each name, with these flags of cifar.py. No
+    curves are drawn.
+    """
     @pytest.fixture(scope='module')
     def runs(tmp_path_factory):
         folder, load = tmp_path_factory.mktemp('runs'), datasets.load
@@ -113,6 +115,7 @@ def toy_runs(**flags):
                           load('digits', None, part).subset(torch.arange(160 if part == 'train' else 60)))
             patch.setattr('utils.run.plot_log', lambda *args: None)
             for name, own in flags.items():
-                call(patch, cifar, f'-d digits --epochs 1 --lr 0.02 --train-batch 16 --manualSeed 2 {own} -c {folder}/{name}')
+                call(patch, cifar, f'-d digits --epochs 1 --lr 0.02 --train-batch 16 --manualSeed 2 {own} -c '
+                                   f'{folder}/{name}')
             yield folder
     return runs

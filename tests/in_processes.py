@@ -1,4 +1,5 @@
-"""Trains in double precision, alone or under torchrun, and saves what came out: python in_processes.py OUT, started by test_distributed.py.
+"""Trains in double precision, alone or under torchrun, and saves what came out: python in_processes.py OUT, started by
+test_distributed.py.
 
 Every run is of one epoch of a small network on random images, without reading any file.
 """
@@ -23,18 +24,24 @@ GHOST = '--train-batch 8 --mini-batch 2 '
 RUNS = {
     'plain': '', 'momentum, clipped': '--clip-norm 0.5 --nesterov', 'Adam': '--optimizer Adam --lr 0.001',
     'accumulated': '--batch-multiplier 2', 'smoothed labels': '--label-smoothing 0.1',
-    'dma': '--method dma', 'lsoftmax': '--method lsoftmax --margin 2 --beta 5', 'large_margin': '--method large_margin --clip-norm 1',
-    'large_margin, exact': '--method large_margin --exact --top-k 2 --large-margin-layers input layer2 --cross-entropy-weight 1 --clip-norm 1',
-    'amp': '--method amp --epsilon 0.1', 'amp of all parameters, twice': '--method amp --epsilon 0.3 --perturbation global --inner-iter 2',
-    'amp, every pass counts': '--method amp --epsilon 0.1 --perturbed-statistics', 'dma amp': '--method dma amp --epsilon 0.1',
-    'smoothout': '--method smoothout --ss 0.01', 'smoothout, filters': '--method smoothout --ss 0.1 --adapt-type filter --smoothing-type anneal',
+    'dma': '--method dma', 'lsoftmax': '--method lsoftmax --margin 2 --beta 5',
+    'large_margin': '--method large_margin --clip-norm 1',
+    'large_margin, exact': '--method large_margin --exact --top-k 2 --large-margin-layers input layer2 '
+                           '--cross-entropy-weight 1 --clip-norm 1',
+    'amp': '--method amp --epsilon 0.1', 'amp of all parameters, twice': '--method amp --epsilon 0.3 --perturbation '
+                                                                         'global --inner-iter 2',
+    'amp, every pass counts': '--method amp --epsilon 0.1 --perturbed-statistics',
+    'dma amp': '--method dma amp --epsilon 0.1',
+    'smoothout': '--method smoothout --ss 0.01', 'smoothout, filters': '--method smoothout --ss 0.1 --adapt-type '
+                                                                       'filter --smoothing-type anneal',
     'center': '--method center --center-coef 0.1',
     'lsoftmax center': '--method lsoftmax center --margin 2 --beta 5 --center-coef 0.1 --clip-norm 0.5',
     'lsoftmax smoothout': '--method lsoftmax smoothout --ss 0.01 --batch-multiplier 2',
 }
 # Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
 WHOLE = {
-    'a whole batch': '-a lenet', 'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 --batch-multiplier 2',
+    'a whole batch': '-a lenet', 'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 '
+                                                             '--batch-multiplier 2',
     'a whole batch, amp': '-a lenet --method amp --epsilon 0.1',
 }
 LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2'}
@@ -67,7 +74,8 @@ def train(flags, count):
     tested = cifar.test(whole, model, args)
     weights = torch.cat([value.double().flatten() for value in model.state_dict().values()])
     agree = len({tuple(each.tolist()) for each in distributed.all_gather(weights)}) == 1
-    return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'trained': trained, 'tested': tested, 'agree': agree}
+    return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'trained': trained, 'tested': tested,
+            'agree': agree}
 
 
 def main():

@@ -1,4 +1,6 @@
-"""imagenet.py, but when torchrun starts it for the first time its second process is killed after so many steps: killed_once.py STEPS FLAGS..."""
+"""imagenet.py, but when torchrun starts it for the first time its second process is killed after so many steps:
+killed_once.py STEPS FLAGS...
+"""
 import os
 import pathlib
 import signal

@@ -1,4 +1,6 @@
-"""FGSM and PGD: where a linear network makes the worst image known in closed form, and in the bounds of what an image is."""
+"""FGSM and PGD: where a linear network makes the worst image known in closed form, and in the bounds of what an image
+is.
+"""
 import argparse
 
 import pytest
@@ -38,12 +40,14 @@ def attack(kind, weight, epsilon, steps=10, seed=0):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 1000), epsilon=st.sampled_from([0.0, 1 / 255, 8 / 255, 0.3, 1.0]), kind=st.sampled_from(['fgsm', 'pgd']))
+@given(seed=st.integers(0, 1000), epsilon=st.sampled_from([0.0, 1 / 255, 8 / 255, 0.3, 1.0]),
+       kind=st.sampled_from(['fgsm', 'pgd']))
 def test_a_linear_network_is_fooled_as_much_as_the_cube_allows(seed, epsilon, kind):
     pixels, targets = images(seed)
     weight = 0.01 * torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(seed + 1))
     moved = in_pixels(attack(kind, weight, epsilon)(normalised(pixels), targets))
-    down = torch.where(targets == 0, -1.0, 1.0)[:, None, None, None]  # what helps class 0 hurts it where it is the target
+    # what helps class 0 hurts it where it is the target
+    down = torch.where(targets == 0, -1.0, 1.0)[:, None, None, None]
     expected = (pixels + 255 * epsilon * down * weight.sign()).clamp(0, 255)
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-3)
 
@@ -58,15 +62,18 @@ def test_it_stays_in_the_cube_and_between_black_and_white(seed, epsilon, steps):
         made = Attack(kind, net, epsilon, steps, MEAN, STD, torch.Generator().manual_seed(0))
         with torch.no_grad():
             moved = in_pixels(made(normalised(pixels), targets))
-        assert (moved - pixels).abs().max() <= 255 * epsilon + 1e-3 and -1e-3 <= moved.min() and moved.max() <= 255 + 1e-3
-        assert not moved.requires_grad and all(p.grad is None and torch.equal(p, q) for p, q in zip(net.parameters(), before))
+        assert (moved - pixels).abs().max() <= 255 * epsilon + 1e-3
+        assert -1e-3 <= moved.min() and moved.max() <= 255 + 1e-3
+        assert not moved.requires_grad and all(p.grad is None and torch.equal(p, q) for p, q
+                                               in zip(net.parameters(), before))
 
 
 def test_fgsm_is_one_step_and_pgd_begins_at_random():
     pixels, targets = images(0)
     weight = torch.zeros(3, 5, 5)  # no slope: fgsm moves nothing, pgd stays where it began
     assert torch.equal(attack('fgsm', weight, 0.1)(normalised(pixels), targets), normalised(pixels))
-    first, again, other = (in_pixels(attack('pgd', weight, 0.1, seed=seed)(normalised(pixels), targets)) for seed in (0, 0, 1))
+    first, again, other = (in_pixels(attack('pgd', weight, 0.1, seed=seed)(normalised(pixels), targets)) for seed
+                           in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     inner = (first - pixels)[1:-1].abs()  # without the black and the white image
     assert 0.4 * 25.5 < inner.mean() < 0.6 * 25.5 and inner.max() <= 25.5 + 1e-3

@@ -25,7 +25,8 @@ MEAN, STD = [120.0, 100.0, 80.0], [60.0, 50.0, 40.0]
 def random_split(number=12, size=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (number, size, size, 3), generator=generator).to(torch.uint8)
-    return Split(images, torch.arange(number), [str(name) for name in range(number)])  # each image is a class of its own
+    # each image is a class of its own
+    return Split(images, torch.arange(number), [str(name) for name in range(number)])
 
 
 def make(split=None, batch_size=4, **options):
@@ -49,7 +50,8 @@ def as_it_is(image):
 
 def three_draws(image):
     """A float image whose channels say what Python's, NumPy's and PyTorch's generators gave."""
-    return torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])[:, None, None].expand(3, *image.size[::-1])
+    return torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])[:, None,
+                                                                                      None].expand(3, *image.size[::-1])
 
 
 def pixels_as_floats(image):
@@ -84,7 +86,8 @@ def test_cut_out_pixel_by_pixel(seed, batch, height, width, size):
         for row in range(height):
             for column in range(width):
                 erased = first_row <= row < first_row + size and first_column <= column < first_column + size
-                assert result[i, :, row, column].tolist() == ([0, 0, 0] if erased else before[i, :, row, column].tolist())
+                assert result[i, :, row, column].tolist() == ([0, 0, 0] if erased
+                                                              else before[i, :, row, column].tolist())
 
 
 @pytest.mark.parametrize('size, centre, rows, columns', [
@@ -112,7 +115,8 @@ def test_cutout_leaves_order_and_crops_as_they_are():
     plain, cut = (make(padding=2, flip=True, cutout=size) for size in (0, 3))
     squares = []
     for epoch in (0, 1):
-        for (images, labels), (erased, same_labels) in zip(plain.shuffled(1, epoch), cut.shuffled(1, epoch), strict=True):
+        for (images, labels), (erased, same_labels) in zip(plain.shuffled(1, epoch), cut.shuffled(1, epoch),
+                                                           strict=True):
             hole = (erased == 0).all(dim=1, keepdim=True)
             assert torch.equal(labels, same_labels) and torch.equal(images.masked_fill(hole, 0), erased)
             assert 4 <= hole[0].sum() <= 9 and not torch.equal(images, erased)
@@ -162,7 +166,8 @@ def test_what_a_transform_draws_depends_on_seed_epoch_and_index_alone():
     np.random.seed(5)
     torch.manual_seed(5)
     draws(workers=1, epoch=2)
-    assert torch.equal(draws(workers=1), first) and torch.equal(draws(workers=2), first) and torch.equal(draws(workers=5), first)
+    assert torch.equal(draws(workers=1), first) and torch.equal(draws(workers=2),
+                                                                first) and torch.equal(draws(workers=5), first)
     for other in (draws(2, epoch=4), draws(2, seed=2), draws(2, seed=3, epoch=1)):
         assert (other != first).all()  # in each generator, each batch, each image
     for generator in range(3):
@@ -221,7 +226,8 @@ def test_autoaugment_fills_with_grey():
 
 def test_digits_have_the_policy_of_svhn_and_all_else_that_of_cifar10():
     policies = {name: known.policy for name, known in datasets.DATASETS.items()}
-    assert policies == {'cifar10': 'cifar10', 'cifar100': 'cifar10', 'svhn': 'svhn', 'mnist': 'svhn', 'fashion-mnist': 'cifar10',
+    assert policies == {'cifar10': 'cifar10', 'cifar100': 'cifar10', 'svhn': 'svhn', 'mnist': 'svhn',
+                        'fashion-mnist': 'cifar10',
                         'digits': 'svhn', 'folder': 'cifar10'}
     assert {policy: auto_augment(policy).policy for policy in ('svhn', 'cifar10')} == {
         'svhn': AutoAugmentPolicy.SVHN, 'cifar10': AutoAugmentPolicy.CIFAR10}
@@ -252,7 +258,8 @@ def all_bytes(images):
 def restored(batches, state_images):
     """Images of an epoch, as bytes again."""
     mean, std = (torch.tensor(values)[:, None, None] for values in mean_and_std(state_images))
-    return [(image.double() * std + mean).round().to(torch.uint8).permute(1, 2, 0) for images, _ in batches for image in images]
+    return [(image.double() * std + mean).round().to(torch.uint8).permute(1, 2, 0) for images, _ in batches for image
+            in images]
 
 
 @pytest.mark.parametrize('dataset, flip', [('digits', False), ('cifar10', True)])
@@ -269,7 +276,8 @@ def test_no_augment_gives_the_images_as_they_are(few):
 
 
 @pytest.mark.parametrize('dataset, policy', [('digits', AutoAugmentPolicy.SVHN), ('mnist', AutoAugmentPolicy.SVHN),
-                                             ('cifar10', AutoAugmentPolicy.CIFAR10), ('cifar100', AutoAugmentPolicy.CIFAR10)])
+                                             ('cifar10', AutoAugmentPolicy.CIFAR10),
+                                             ('cifar100', AutoAugmentPolicy.CIFAR10)])
 def test_cutout_and_autoaugment_come_on_top_and_only_in_training(dataset, policy, few):
     batches = load_batches(f'-d {dataset} --cutout 8 --autoaugment')
     train = batches['train']
@@ -376,7 +384,8 @@ def test_an_augmented_run_resumed_with_other_workers_is_the_run_that_was_not(few
     call(monkeypatch, f'{flags} --epochs 2 --workers 1 -c {tmp_path}/whole')
     call(monkeypatch, f'{flags} --epochs 1 --workers 1 -c {tmp_path}/parts')
     call(monkeypatch, f'--resume {tmp_path}/parts/checkpoint.pth.tar --epochs 2 --workers 2')
-    whole, parts = (torch.load(tmp_path / name / 'checkpoint.pth.tar', weights_only=True) for name in ('whole', 'parts'))
+    whole, parts = (torch.load(tmp_path / name / 'checkpoint.pth.tar', weights_only=True) for name
+                    in ('whole', 'parts'))
     assert whole['epoch'] == parts['epoch'] == 2
     for name, value in whole['state_dict'].items():
         assert torch.equal(value, parts['state_dict'][name]), name

@@ -25,12 +25,14 @@ from utils.logger import read_log
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A small network with dropout, so that PyTorch's own random state matters, on data that needs no download.
-RUN = '--dataset digits --arch densenet --depth 10 --growthRate 4 --drop 0.2 --method dma --epochs 4 --lr-schedule cosine ' \
+RUN = '--dataset digits --arch densenet --depth 10 --growthRate 4 --drop 0.2 --method dma --epochs 4 ' \
+      '--lr-schedule cosine ' \
       '--train-fraction 0.4 --manualSeed 123 --deterministic'
 
 
 def start(flags, **options):
-    return subprocess.Popen([sys.executable, 'cifar.py', *shlex.split(flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, 'cifar.py', *shlex.split(flags)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **options)
 
 
@@ -59,11 +61,13 @@ def tensors(value, path=''):
 
 def assert_same_run(folder, reference):
     for name in ('checkpoint.pth.tar', 'model_best.pth.tar'):
-        ours, theirs = (tensors(torch.load(os.path.join(path, name), weights_only=True)) for path in (folder, reference))
+        ours, theirs = (tensors(torch.load(os.path.join(path, name), weights_only=True)) for path
+                        in (folder, reference))
         assert ours.keys() == theirs.keys() and len(ours) > 100
         for key, value in ours.items():
             assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], key
-    logs = [[line.split('\t')[:-1] for line in pathlib.Path(path, 'log.txt').read_text().splitlines()] for path in (folder, reference)]
+    logs = [[line.split('\t')[:-1] for line in pathlib.Path(path, 'log.txt').read_text().splitlines()] for path
+            in (folder, reference)]
     assert logs[0] == logs[1] and len(logs[0]) == 5
 
 
@@ -85,11 +89,13 @@ def test_the_same_seed_gives_the_same_bits(reference, tmp_path):
     assert not torch.equal(different['state_dict']['head.weight'], other['state_dict']['head.weight'])
 
 
-@pytest.mark.parametrize('kill, epochs_done', [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize('kill, epochs_done', [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 1),
+                                               (signal.SIGTERM, 2)])
 def test_stopped_in_the_middle_of_an_epoch_and_resumed(kill, epochs_done, reference, tmp_path):
     folder = tmp_path / 'a run'
     process = start(f'{RUN} --checkpoint {shlex.quote(str(folder))}')
-    while not (folder / 'checkpoint.pth.tar').exists() or torch.load(folder / 'checkpoint.pth.tar')['epoch'] < epochs_done:
+    path = folder / 'checkpoint.pth.tar'
+    while not path.exists() or torch.load(path)['epoch'] < epochs_done:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     time.sleep(0.1)
@@ -121,9 +127,11 @@ def test_rows_of_epochs_that_no_checkpoint_has_are_dropped(reference, tmp_path):
 def test_a_run_prints_and_writes_what_it_promises(reference, monkeypatch, capsys):
     call(monkeypatch, f'--resume {reference}/checkpoint.pth.tar')  # a finished run: only the result is told again
     printed = capsys.readouterr()
-    assert 'arch densenet, depth 10' in printed.out and 'million parameters' in printed.out and 'method: dma' in printed.out
+    assert 'arch densenet, depth 10' in printed.out
+    assert 'million parameters' in printed.out and 'method: dma' in printed.out
     assert re.search(r'epoch 4 \| test loss \d.* top-1 \d.*% top-5 .*\| best test epoch \d: ', printed.out)
-    for name in ('log.txt', 'log.png', 'log.pdf', 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json', 'args.json'):
+    for name in ('log.txt', 'log.png', 'log.pdf', 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json',
+                 'args.json'):
         assert os.path.getsize(f'{reference}/{name}') > 0
         assert f'{reference}/{name}' in printed.out or name == 'args.json'
     assert '\r' not in printed.err
@@ -138,7 +146,8 @@ def test_evaluate_reads_the_checkpoint_and_writes_nothing(reference, monkeypatch
     before = sorted((file.name, file.stat().st_mtime_ns) for file in pathlib.Path(reference).iterdir())
     call(monkeypatch, f'-e --resume {reference}/model_best.pth.tar')
     best = json.load(open(f'{reference}/result.json'))['best']
-    assert f'of epoch {best["epoch"]} | test loss' in (out := capsys.readouterr().out) and f'top-1 {best["top1"]:.2f}%' in out
+    assert f'of epoch {best["epoch"]} | test loss' in (out := capsys.readouterr().out)
+    assert f'top-1 {best["top1"]:.2f}%' in out
     assert sorted((file.name, file.stat().st_mtime_ns) for file in pathlib.Path(reference).iterdir()) == before
 
 
@@ -194,7 +203,8 @@ def test_clip_norm_bounds_the_gradient(monkeypatch, tmp_path):
 
 
 def test_it_learns(monkeypatch, tmp_path):
-    call(monkeypatch, f'-d digits --depth 8 --epochs 6 --lr-schedule onecycle --train-batch 32 --manualSeed 0 --method dma '
+    call(monkeypatch, '-d digits --depth 8 --epochs 6 --lr-schedule onecycle --train-batch 32 --manualSeed 0 '
+                      '--method dma '
                       f'--coef 0.5 -c {tmp_path}')
     log = read_log(f'{tmp_path}/log.txt')
     assert log['Test Top-1'][-1] > 95 and log['Train Loss'][-1] < log['Train Loss'][0]
@@ -210,7 +220,8 @@ def test_a_folder_of_64_pixel_images_end_to_end(monkeypatch, tmp_path, capsys):
                 Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f'{index}.jpg')
     flags = f'-d folder --data {tmp_path} --image-size 64 -j 2 --depth 8 --epochs 3 --train-batch 8 -c {tmp_path}/run'
     call(monkeypatch, flags)
-    assert set(read_log(f'{tmp_path}/run/log.txt')) == {'Epoch', 'Learning Rate', 'Train Loss', 'Train Top-1', 'Test Loss',
+    assert set(read_log(f'{tmp_path}/run/log.txt')) == {'Epoch', 'Learning Rate', 'Train Loss', 'Train Top-1',
+                                                        'Test Loss',
                                                         'Test Top-1', 'Seconds'}  # two classes: no top-5
     state = torch.load(f'{tmp_path}/run/checkpoint.pth.tar', weights_only=True)
     split = datasets.load('folder', str(tmp_path), 'train', 64)
@@ -223,26 +234,35 @@ def test_a_folder_of_64_pixel_images_end_to_end(monkeypatch, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
     with pytest.raises(UserError) as error:
         call(monkeypatch, f'-d digits --depth 8 --epochs 2 --lr 1e30 -c {tmp_path}/run')
-    assert re.search(r'the loss became (nan|inf) in epoch 1, batch \d+ of 12, at learning rate 1e\+30', str(error.value))
+    assert re.search(r'the loss became (nan|inf) in epoch 1, batch \d+ of 12, at learning rate 1e\+30',
+                     str(error.value))
     state = torch.load(f'{tmp_path}/run/checkpoint.pth.tar', weights_only=True)
     assert state['epoch'] == 0 and all(value.isfinite().all() for value in state['state_dict'].values())
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    ('--arch resnet21', "invalid choice: 'resnet21'"), ('--method dmaa', "invalid choice: 'dmaa'"), ('--lr -0.1', 'of at least 0'),
+    ('--arch resnet21', "invalid choice: 'resnet21'"), ('--method dmaa', "invalid choice: 'dmaa'"),
+    ('--lr -0.1', 'of at least 0'),
     ('--epochs 100 --schedule 50 150', '--schedule 50 150 goes past the last epoch; --epochs is 100'),
-    ('--coef 0.5', '--method (none) has none'), ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is not selected'),
+    ('--coef 0.5', '--method (none) has none'), ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is '
+                                                                   'not selected'),
     ('--method dma dma', 'names dma twice'), ('--train-batch 50001', 'larger than the training set of 50000 images'),
     ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 0.9'),
-    ('--widen-factor 2', '--widen-factor is not used by --arch resnet'), ('--arch vgg16 --drop 0.1', '--drop is not used'),
+    ('--widen-factor 2', '--widen-factor is not used by --arch resnet'),
+    ('--arch vgg16 --drop 0.1', '--drop is not used'),
     ('--image-size 64', '--image-size is for --dataset folder'), ('--workers 2', '--workers is for --dataset folder'),
-    ('-d digits --data x', '--data is not used by --dataset digits'), ('--gamma 0.5 --lr-schedule cosine', '--gamma belongs'),
+    ('-d digits --data x', '--data is not used by --dataset digits'),
+    ('--gamma 0.5 --lr-schedule cosine', '--gamma belongs'),
     ('--schedule 2 --lr-schedule onecycle', '--schedule belongs'), ('--warmup 400', 'longer than the whole training'),
-    ('--nesterov --momentum 0', '--nesterov needs'), ('--evaluate', 'needs --resume'), ('--start-epoch 300', 'nothing to train'),
-    ('--resume nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'), ('-d folder --data /nowhere', 'no folder /nowhere/train'),
+    ('--nesterov --momentum 0', '--nesterov needs'), ('--evaluate', 'needs --resume'),
+    ('--start-epoch 300', 'nothing to train'),
+    ('--resume nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'),
+    ('-d folder --data /nowhere', 'no folder /nowhere/train'),
     ('--gpu-id 97', '--gpu-id must name one CUDA device'), ('--manualSeed -1', 'of at least 0'),
-    ('--manualSeed 4294967296', 'at most'), ('--method dma --coef 1 --dma-coef 2', 'the same weight'), ('--val-split 1', 'at most 0.9'),
-    ('--method dma --coef nan', 'was given nan'), ('-a densenet --compressionRate 1e9', 'leaves none'), ('--resume .', 'is a folder'),
+    ('--manualSeed 4294967296', 'at most'), ('--method dma --coef 1 --dma-coef 2', 'the same weight'),
+    ('--val-split 1', 'at most 0.9'),
+    ('--method dma --coef nan', 'was given nan'), ('-a densenet --compressionRate 1e9', 'leaves none'),
+    ('--resume .', 'is a folder'),
     ('-d folder --image-size 16', 'of at least 32'),
 ])
 def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monkeypatch, tmp_path, capsys):
@@ -253,16 +273,20 @@ def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monk
 def test_a_batch_larger_than_what_the_conditions_leave_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError) as error:
         call(monkeypatch, f'-d digits --val-split 0.5 --train-fraction 0.5 --train-batch 400 -c {tmp_path}')
-    assert re.fullmatch('--train-batch 400 is larger than the training set of 3[56][0-9] images that --val-split 0.5 and '
+    assert re.fullmatch('--train-batch 400 is larger than the training set of 3[56][0-9] images that --val-split 0.5 '
+                        'and '
                         '--train-fraction 0.5 leaves', str(error.value))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    ('--epochs 3', 'less than the 4'), ('--manualSeed 5', '--manualSeed cannot change'), ('--val-split 0.1', '--val-split cannot change'),
-    ('--start-epoch 1', '--start-epoch is where a new run begins'), ('--arch vgg16', 'holds the architecture densenet'), ('-e --lr 0.1', 'not used by --evaluate'),
+    ('--epochs 3', 'less than the 4'), ('--manualSeed 5', '--manualSeed cannot change'),
+    ('--val-split 0.1', '--val-split cannot change'),
+    ('--start-epoch 1', '--start-epoch is where a new run begins'), ('--arch vgg16', 'holds the architecture densenet'),
+    ('-e --lr 0.1', 'not used by --evaluate'),
     ('-e --compile', '--compile is not used by --evaluate'),
-    ('--depth 16 -c fork', 'holds depth 10, but depth 16 was asked for'), ('-d cifar100 -c fork', 'num_classes 10, but num_classes 100'),
+    ('--depth 16 -c fork', 'holds depth 10, but depth 16 was asked for'),
+    ('-d cifar100 -c fork', 'num_classes 10, but num_classes 100'),
 ])
 def test_what_contradicts_the_checkpoint_is_refused(flags, sentence, reference, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -345,14 +369,17 @@ class TwiceSGD(torch.optim.SGD):
 
 
 def a_method(**parts):
-    return types.SimpleNamespace(add_arguments=lambda parser: parser.add_argument('--sixth-coef', type=float, default=1.0), **parts)
+    return types.SimpleNamespace(add_arguments=lambda parser: parser.add_argument('--sixth-coef', type=float,
+                                                                                  default=1.0), **parts)
 
 
 def test_a_sixth_method_is_one_file_and_one_line(monkeypatch, tmp_path):
     seen = []
 
-    monkeypatch.setitem(methods.METHODS, 'sixth', a_method(head=lambda args: Scaled, loss_term=lambda args: lambda o, t, a:
-                                                           seen.append(args.sixth_coef) or 0.0, optimizer=lambda *args: TwiceSGD))
+    monkeypatch.setitem(methods.METHODS, 'sixth',
+                        a_method(head=lambda args: Scaled, loss_term=lambda args: lambda o, t, a:
+                                                           seen.append(args.sixth_coef) or 0.0,
+                                                           optimizer=lambda *args: TwiceSGD))
     call(monkeypatch, f'-d digits --depth 8 --epochs 1 --train-fraction 0.3 --method sixth --coef 3 -c {tmp_path}')
     assert seen == [3.0] * 9  # a rehearsal, and four steps of two closures each
 
@@ -370,7 +397,8 @@ def test_two_heads_or_two_optimizers_are_refused(monkeypatch, capsys):
 
 def test_the_total_loss_is_cross_entropy_plus_coef_times_dma():
     from dma import dma_loss
-    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3, label_smoothing=0.0), model=None)
+    criterion = methods.build_criterion(argparse.Namespace(method=['dma'], dma_coef=0.3, label_smoothing=0.0),
+                                        model=None)
     outputs, targets = (torch.randn(4, 3), torch.rand(4, 3)), torch.tensor([0, 1, 2, 0])
     expected = nn.functional.cross_entropy(outputs[0], targets) + 0.3 * dma_loss(outputs[1])
     torch.testing.assert_close(criterion(outputs, targets), expected)

@@ -17,17 +17,22 @@ from utils.errors import UserError
 ENVIRONMENT = {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}
 
 
-def write_run(folder, flags='', seed=1, curve=(40.0, 60.0, 50.0), top1=None, missing=(), args=None, result=None, files=None):
-    """A run as cifar.py leaves it. missing: flags that this version did not have yet; the dicts replace what is written."""
+def write_run(folder, flags='', seed=1, curve=(40.0, 60.0, 50.0), top1=None, missing=(), args=None, result=None,
+              files=None):
+    """A run as cifar.py leaves it. missing: flags that this version did not have yet; the dicts replace what is
+    written.
+    """
     read = vars(cifar.make_parser().parse_args(shlex.split(flags)))
     given = {name: value for name, value in read.items() if name not in ('given', 'coef', *missing)} | {'seed': seed}
     part = 'Val' if given.get('val_split') else 'Test'
-    settled = given | {'epochs': len(curve), 'lr': 0.1, 'schedule': [1], 'checkpoint': str(folder), 'coef': read['coef']}
+    settled = given | {'epochs': len(curve), 'lr': 0.1, 'schedule': [1], 'checkpoint': str(folder),
+                       'coef': read['coef']}
     best = max(range(len(curve)), key=curve.__getitem__)
     contents = {
         'args.json': settled | {'as given': given, 'environment': ENVIRONMENT, 'network': {}} | (args or {}),
         'result.json': {'epoch': len(curve), 'test loss': 1.0, 'test top-1': curve[-1] if top1 is None else top1,
-                        'best': {'top1': curve[best], 'epoch': best + 1}, 'parameters': 270000, 'seconds per epoch': 2.5,
+                        'best': {'top1': curve[best], 'epoch': best + 1}, 'parameters': 270000,
+                        'seconds per epoch': 2.5,
                         'chosen by': 'validation' if part == 'Val' else 'last epoch'} | (result or {}),
         'log.txt': f'Epoch\tLearning Rate\tTrain Loss\tTrain Top-1\t{part} Loss\t{part} Top-1\tSeconds\n'
                    + ''.join(f'{epoch}\t0.1\t1.5\t30\t1.4\t{value:.6g}\t2.5\n' for epoch, value in enumerate(curve, 1))}
@@ -93,7 +98,8 @@ def test_means_deviations_differences_and_standard_errors(runs, table):
     plain, dma, amp = rows.values()
     assert plain['difference mean'] == plain['difference standard error'] == ''
     assert dma['difference mean'] == pytest.approx(mean(DMA) - mean(PLAIN))
-    assert dma['difference standard error'] == pytest.approx(math.sqrt(deviation(PLAIN) ** 2 / 3 + deviation(DMA) ** 2 / 2))
+    error = math.sqrt(deviation(PLAIN) ** 2 / 3 + deviation(DMA) ** 2 / 2)
+    assert dma['difference standard error'] == pytest.approx(error)
     assert amp['difference mean'] == pytest.approx(88.0 - mean(PLAIN))
     assert amp['difference standard error'] == amp['last epoch std'] == ''
     assert notes == 'Commit abc1234; PyTorch 2.15.0; device cpu.\n'
@@ -104,10 +110,12 @@ def test_the_text_is_aligned_rounded_and_explained(runs, monkeypatch, capsys):
     shared, _, header, *rows, _, note, environment = capsys.readouterr().out.splitlines()
     assert shared == 'all: --dataset cifar10 --arch resnet --epochs 3'
     assert environment == 'Commit abc1234; PyTorch 2.15.0; device cpu.'
-    starts = [header.index(name) for name in ('n  ', 'last', 'best, chosen by test set', 'at epoch', 'difference', 'parameters')]
+    starts = [header.index(name) for name in ('n  ', 'last', 'best, chosen by test set', 'at epoch', 'difference',
+                                              'parameters')]
     cells = [[row[start:end].strip() for start, end in zip([0, *starts], [*starts, None])] for row in rows]
     assert all(row[start - 1] == ' ' for row in rows for start in starts)
-    assert [row[:3] for row in cells] == [['(none)', '3', '90.60 +- 0.62'], ['--method dma --dma-coef 0.3', '2', '91.75 +- 1.06'],
+    assert [row[:3] for row in cells] == [['(none)', '3', '90.60 +- 0.62'],
+                                          ['--method dma --dma-coef 0.3', '2', '91.75 +- 1.06'],
                                           ['--method amp', '1', '88.00']]
     assert [row[5] for row in cells] == ['', '+1.15 +- 0.83', '-2.60'] and cells[0][4] == '2.0'
     assert '+- standard deviation over n seeds' in note and 'standard error' in note and 'validation' not in header
@@ -147,7 +155,8 @@ def test_epochs_chosen_by_validation_have_a_column_of_their_own(tmp_path, table)
 def test_a_column_that_is_empty_in_every_row_is_left_out(tmp_path, table):
     write_run(tmp_path / 'one', '--method dma')
     rows, _ = table(tmp_path)
-    assert list(rows['(none)']) == ['all', 'setting', 'n', 'last epoch mean', 'best, chosen by test set mean', 'at epoch',
+    assert list(rows['(none)']) == ['all', 'setting', 'n', 'last epoch mean', 'best, chosen by test set mean',
+                                    'at epoch',
                                     'parameters (M)', 'seconds per epoch']
 
 
@@ -194,13 +203,15 @@ def test_the_name_is_what_differs_as_a_person_would_type_it(one, other, names, t
 
 def test_order_and_shared_flags(tmp_path, table):
     flags = ['--train-batch 1024 --method dma', '--train-batch 64 --method amp --epsilon 0.1',
-             '--train-batch 64 --method dma amp', '--train-batch 1024', '--train-batch 64 --method amp', '--train-batch 64',
+             '--train-batch 64 --method dma amp', '--train-batch 1024', '--train-batch 64 --method amp',
+             '--train-batch 64',
              '--train-batch 512 --method dma']
     for index, words in enumerate(flags):
         write_run(tmp_path / str(index), f'-d digits --epochs 5 --nesterov {words}', curve=(50.0 + index,))
     rows, _ = table(*(tmp_path / str(index) for index in range(len(flags))))
     assert list(rows) == [
-        '--train-batch 64', '--method dma amp --epsilon 0.5 --train-batch 64', '--method amp --epsilon 0.1 --train-batch 64',
+        '--train-batch 64', '--method dma amp --epsilon 0.5 --train-batch 64',
+        '--method amp --epsilon 0.1 --train-batch 64',
         '--method amp --epsilon 0.5 --train-batch 64', '--method dma --train-batch 512', '--train-batch 1024',
         '--method dma --train-batch 1024']
     assert {row['all'] for row in rows.values()} == {'--dataset digits --arch resnet --epochs 5 --nesterov'}
@@ -273,9 +284,11 @@ def test_what_is_unfinished_or_broken_is_listed_and_changes_no_number(runs, tabl
     for name, content in files.items():
         write_run(runs / name, '--epochs 10', seed=9, curve=curve, files=content)
     for name, change in {'nan': {'test top-1': math.nan}, 'nan-best': {'best': {'top1': math.nan, 'epoch': 1}},
-                         'null': {'test top-1': None}, 'list-best': {'best': []}, 'word': {'seconds per epoch': 'long'}}.items():
+                         'null': {'test top-1': None}, 'list-best': {'best': []},
+                         'word': {'seconds per epoch': 'long'}}.items():
         write_run(runs / name, '--epochs 10', seed=9, curve=curve, result=change)
-    for name, change in {'odd-given': {'as given': 3}, 'odd-flag': {'as given': {'lr': {}}}, 'odd-epochs': {'epochs': '10'},
+    for name, change in {'odd-given': {'as given': 3}, 'odd-flag': {'as given': {'lr': {}}},
+                         'odd-epochs': {'epochs': '10'},
                          'odd-environment': {'environment': 'here'}}.items():
         write_run(runs / name, '--epochs 10', seed=9, curve=curve, args=change)
     (runs / 'binary').mkdir()
@@ -287,7 +300,8 @@ def test_what_is_unfinished_or_broken_is_listed_and_changes_no_number(runs, tabl
     said = {re.match(rf'(\w+): {re.escape(str(runs))}/(\S+) \(', line).groups()[::-1]: line for line in lines}
     assert len(said) == len(lines) == 28
     expected = {'running': 'epoch 3 of 10', 'running-half': 'epoch 2 of 10', 'running-short': 'epoch 3 of 10',
-                'running-header': 'epoch 0 of 10', 'resumed': 'epoch 3 of 10', 'no-result': 'epoch 10 of 10, but no result.json'}
+                'running-header': 'epoch 0 of 10', 'resumed': 'epoch 3 of 10',
+                'no-result': 'epoch 10 of 10, but no result.json'}
     for name, words in expected.items():
         assert said.pop((name, 'unfinished')).endswith(f'{name} ({words})')
     expected = {'half-args': 'args.json is not JSON', 'half-result': 'result.json is not JSON', 'no-args': 'args.json',
@@ -346,7 +360,8 @@ def test_without_a_finished_run_the_others_are_listed_and_the_status_is_1(tmp_pa
     command = [sys.executable, 'compare.py', str(tmp_path)]
     result = subprocess.run(command, cwd=os.path.dirname(compare.__file__), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and result.stdout == f'unfinished: {tmp_path}/a (epoch 3 of 3, but no result.json)\n'
-    assert result.stderr.startswith('error: ') and 'none is finished' in result.stderr and result.stderr.count('\n') == 1
+    assert result.stderr.startswith('error: ')
+    assert 'none is finished' in result.stderr and result.stderr.count('\n') == 1
 
 
 # The plot
@@ -357,7 +372,8 @@ def test_curves_are_means_over_the_epochs_that_all_seeds_have(tmp_path, monkeypa
     drawn, bands = {}, []
     monkeypatch.setattr(Axes, 'plot', lambda self, x, y, plot=Axes.plot, **options:
                         drawn.update({options['label']: (list(x), list(y))}) or plot(self, x, y, **options))
-    monkeypatch.setattr(Axes, 'fill_between', lambda self, x, low, high, **options: bands.append((list(low), list(high))))
+    monkeypatch.setattr(Axes, 'fill_between', lambda self, x, low, high,
+                        **options: bands.append((list(low), list(high))))
     write_run(tmp_path / 'a', '--epochs 3', seed=1, curve=(10.0, 20.0, 30.0))
     write_run(tmp_path / 'b', '--epochs 3', seed=2, curve=(14.0, 26.0, 30.0, 70.0))
     write_run(tmp_path / 'c', '--epochs 3 --method dma', curve=(1.0, 2.0, 3.0))
@@ -379,7 +395,8 @@ def test_curves_are_means_over_the_epochs_that_all_seeds_have(tmp_path, monkeypa
 def test_two_real_runs(tmp_path, table, monkeypatch, capsys):
     for seed in (1, 2):
         flags = '--dataset digits --arch resnet --depth 8 --epochs 1 --train-batch 512 --method dma --coef 0.3'
-        monkeypatch.setattr(sys, 'argv', ['cifar.py', *flags.split(), '--manualSeed', str(seed), '-c', f'{tmp_path}/{seed}'])
+        monkeypatch.setattr(sys, 'argv', ['cifar.py', *flags.split(), '--manualSeed', str(seed), '-c',
+                                          f'{tmp_path}/{seed}'])
         cifar.main()
     capsys.readouterr()
     results = [json.loads((tmp_path / str(seed) / 'result.json').read_text()) for seed in (1, 2)]

@@ -50,7 +50,8 @@ def counts_by_loop(labels, classes):
 def is_part_of(part, split):
     """Each image at most once, in the order of `split`, with the label that it has there."""
     where = places(part)
-    return where == sorted(set(where)) and part.labels.tolist() == split.labels[where].tolist() == classes_of_images(part)
+    labels = split.labels[where].tolist()
+    return where == sorted(set(where)) and part.labels.tolist() == labels == classes_of_images(part)
 
 
 def arguments(flags):
@@ -125,7 +126,8 @@ def test_the_images_that_stay_are_those_of_the_original_code(seed, factor):
 
 
 @settings(deadline=None, max_examples=60)
-@given(kind=st.sampled_from(['exp', 'step']), factor=st.floats(0.01, 1), classes=st.integers(1, 12), each=st.integers(1, 500))
+@given(kind=st.sampled_from(['exp', 'step']), factor=st.floats(0.01, 1), classes=st.integers(1, 12),
+       each=st.integers(1, 500))
 @example(kind='step', factor=0.1, classes=7, each=30)
 @example(kind='exp', factor=0.1, classes=1, each=30)
 def test_there_is_a_size_for_every_class_and_no_class_is_larger_than_the_one_before(kind, factor, classes, each):
@@ -140,14 +142,16 @@ def test_there_is_a_size_for_every_class_and_no_class_is_larger_than_the_one_bef
 def test_step_with_an_odd_number_of_classes_loses_none():
     split = split_of([20] * 5)
     thinned = conditions.imbalanced(split, 'step', 0.1, seed=0)
-    assert thinned.class_counts() == [20, 20, 2, 2, 2] and thinned.classes == split.classes and is_part_of(thinned, split)
+    assert thinned.class_counts() == [20, 20, 2, 2,
+                                      2] and thinned.classes == split.classes and is_part_of(thinned, split)
 
 
 @pytest.mark.parametrize('kind, name', [('exp', 'class3'), ('step', 'class2')])
 def test_a_factor_that_leaves_a_class_empty_is_refused_by_name(kind, name):
     with pytest.raises(UserError) as error:
         conditions.imbalanced(split_of([20] * 4), kind, 0.049, seed=0)
-    assert f'--imbalance-factor 0.049 leaves class {name} without an image' in str(error.value) and '20 each' in str(error.value)
+    assert f'--imbalance-factor 0.049 leaves class {name} without an image' in str(error.value)
+    assert '20 each' in str(error.value)
     smallest = conditions.imbalanced(split_of([20] * 4), kind, 0.0501, seed=0).class_counts()
     assert smallest[-1] == 1
 
@@ -169,13 +173,15 @@ def test_the_imbalance_seed_alone_says_which_images_stay():
     assert first == kept('--manualSeed 7') == kept('--manualSeed 7 --imbalance-seed 0')
     other = kept('--manualSeed 0 --imbalance-seed 1')
     assert other != first and len(other) == len(first) == 120
-    assert [place for place in first if split.labels[place] < 2] == [place for place in other if split.labels[place] < 2]
+    assert [place for place in first if split.labels[place] < 2] == [place for place in other
+                                                                     if split.labels[place] < 2]
 
 
 # A part of each class
 
 @settings(deadline=None, max_examples=60)
-@given(counts=st.lists(st.integers(1, 25), min_size=1, max_size=6), fraction=st.floats(0.001, 1), seed=st.integers(0, 3))
+@given(counts=st.lists(st.integers(1, 25), min_size=1, max_size=6), fraction=st.floats(0.001, 1),
+       seed=st.integers(0, 3))
 def test_a_fraction_is_stratified_and_at_least_one_image_of_each_class(counts, fraction, seed):
     split = split_of(counts)
     part = conditions.fraction_of(split, fraction, seed)
@@ -195,7 +201,8 @@ def test_a_fraction_is_fixed_by_the_seed_and_every_image_has_a_chance():
 # Label noise
 
 @settings(deadline=None, max_examples=60)
-@given(counts=st.lists(st.integers(1, 25), min_size=2, max_size=6), fraction=st.floats(0.001, 1), seed=st.integers(0, 3))
+@given(counts=st.lists(st.integers(1, 25), min_size=2, max_size=6), fraction=st.floats(0.001, 1),
+       seed=st.integers(0, 3))
 @example(counts=[3, 5], fraction=1.0, seed=0)
 def test_label_noise_changes_exactly_its_share_of_the_labels(counts, fraction, seed):
     split = split_of(counts)
@@ -210,7 +217,8 @@ def test_label_noise_changes_exactly_its_share_of_the_labels(counts, fraction, s
 
 def test_another_seed_gives_other_wrong_labels():
     split = split_of([30, 30])
-    wrong = {tuple((conditions.with_label_noise(split, 0.5, seed).labels != split.labels).tolist()) for seed in range(10)}
+    wrong = {tuple((conditions.with_label_noise(split, 0.5, seed).labels != split.labels).tolist()) for seed
+             in range(10)}
     assert len(wrong) == 10
 
 
@@ -260,7 +268,8 @@ def test_the_validation_images_are_taken_first_and_stay_balanced_and_well_labell
 
 def test_first_imbalance_then_a_fraction_then_noise():
     split = split_of([60] * 5)
-    kept, _ = conditions.apply(arguments('--val-split 0.2 --imbalance exp --imbalance-factor 0.3 --manualSeed 4'), split)
+    kept, _ = conditions.apply(arguments('--val-split 0.2 --imbalance exp --imbalance-factor 0.3 --manualSeed '
+                                         '4'), split)
     sizes = conditions.imbalanced_sizes('exp', 0.3, 5, 240)
     assert kept.class_counts() == sizes and is_part_of(kept, split)
     train, _ = conditions.apply(arguments(f'{ALL} --manualSeed 4'), split)
@@ -301,7 +310,8 @@ def test_the_test_set_is_neither_thinned_nor_mislabelled(capsys):
 
 
 @pytest.mark.parametrize('flags, reason', [
-    ('--val-split 0.1', '--val-split 0.1'), ('--imbalance exp --train-fraction 0.2', '--imbalance exp and --train-fraction 0.2'),
+    ('--val-split 0.1', '--val-split 0.1'), ('--imbalance exp --train-fraction 0.2',
+                                             '--imbalance exp and --train-fraction 0.2'),
 ])
 def test_a_batch_larger_than_what_is_left_is_refused_with_the_reason(flags, reason):
     with pytest.raises(UserError) as error:
@@ -321,7 +331,8 @@ def checkpoint(tmp_path_factory):
 
 def test_a_whole_run_trains_on_what_the_conditions_leave(checkpoint):
     args = json.loads((checkpoint.parent / 'args.json').read_text())
-    train, _ = conditions.apply(arguments(f'{ALL} --manualSeed 4 --imbalance-seed 3'), datasets.load('digits', None, 'train'))
+    train, _ = conditions.apply(arguments(f'{ALL} --manualSeed 4 --imbalance-seed 3'),
+                                datasets.load('digits', None, 'train'))
     assert args['training images by class'] == train.class_counts()
     result = json.loads((checkpoint.parent / 'result.json').read_text())
     assert result['chosen by'] == 'validation' and len(result['test class accuracy']) == 10
@@ -333,8 +344,10 @@ def test_a_whole_run_trains_on_what_the_conditions_leave(checkpoint):
     ('--imbalance-factor 0.1', '--imbalance-factor is not used without --imbalance'),
     ('--imbalance-seed 1', '--imbalance-seed is not used without --imbalance'),
     ('--imbalance Exp', "invalid choice: 'Exp'"), ('--imbalance none', "invalid choice: 'none'"),
-    ('--imbalance exp --imbalance-factor 0', 'above 0 and at most 1'), ('--imbalance exp --imbalance-factor 10', 'at most 1'),
-    ('--imbalance exp --imbalance-factor nan', 'was given nan'), ('--imbalance exp --imbalance-seed -1', 'of at least 0'),
+    ('--imbalance exp --imbalance-factor 0', 'above 0 and at most 1'),
+    ('--imbalance exp --imbalance-factor 10', 'at most 1'),
+    ('--imbalance exp --imbalance-factor nan', 'was given nan'),
+    ('--imbalance exp --imbalance-seed -1', 'of at least 0'),
     ('--train-fraction 0', 'above 0'), ('--train-fraction 1.1', 'at most 1'), ('--label-noise 0', 'above 0'),
     ('--label-noise 1.01', 'at most 1'), ('--val-split 0', 'above 0'), ('--val-split 0.95', 'at most 0.9'),
     ('--no-augment --cutout 8', '--no-augment and --cutout exclude each other'),
@@ -357,7 +370,8 @@ def test_flags_that_contradict_or_do_nothing_are_refused(flags, sentence, monkey
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize('flags', ['--val-split 0.3', '--imbalance step', '--imbalance-factor 0.5', '--imbalance-seed 0',
+@pytest.mark.parametrize('flags', ['--val-split 0.3', '--imbalance step', '--imbalance-factor 0.5',
+                                   '--imbalance-seed 0',
                                    '--train-fraction 0.6', '--label-noise 0.1', '--manualSeed 5'])
 @pytest.mark.parametrize('folder', ['', '-c fork'])
 def test_the_conditions_cannot_change_when_a_run_is_resumed(flags, folder, checkpoint, monkeypatch, tmp_path, capsys):

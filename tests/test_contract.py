@@ -1,4 +1,6 @@
-"""What an edited script, and a method of one's own, can rely on: optimizers, parameter groups, loss terms with parameters."""
+"""What an edited script, and a method of one's own, can rely on: optimizers, parameter groups, loss terms with
+parameters.
+"""
 import json
 import shutil
 import types
@@ -54,7 +56,8 @@ def few_digits(monkeypatch):
 @pytest.fixture
 def lion(monkeypatch):
     """The edit of `main` that puts Lion in place of what methods.build_optimizer gives."""
-    monkeypatch.setattr(methods, 'build_optimizer', lambda args, model, *rest, **more: Lion(model.parameters(), lr=1e-4))
+    monkeypatch.setattr(methods, 'build_optimizer', lambda args, model, *rest,
+                        **more: Lion(model.parameters(), lr=1e-4))
 
 
 def read(folder, name=checkpoint.LAST):
@@ -129,7 +132,8 @@ def groups_after(regime, step, made, epochs=4, flags=''):
     return args, optimizer.param_groups
 
 
-@pytest.mark.parametrize('rates', ['', '--lr-schedule cosine --warmup 1', '--lr-schedule onecycle', '--gamma 0.5 --schedule 1 2'])
+@pytest.mark.parametrize('rates', ['', '--lr-schedule cosine --warmup 1', '--lr-schedule onecycle',
+                                   '--gamma 0.5 --schedule 1 2'])
 def test_a_factor_between_groups_survives_every_schedule(rates):
     for step in (0, 3, 7, 13, 19):
         args, (plain, other) = groups_after(None, step, [{}, {'lr': 0.007}], flags=f'--lr 0.1 {rates}')
@@ -138,7 +142,8 @@ def test_a_factor_between_groups_survives_every_schedule(rates):
 
 
 def test_groups_follow_a_regime_only_in_what_they_were_made_with():
-    regime = {0: {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-4}, 2: {'lr': 0.02, 'weight_decay': 0.0, 'momentum': 0.5}}
+    regime = {0: {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-4},
+              2: {'lr': 0.02, 'weight_decay': 0.0, 'momentum': 0.5}}
     _, (plain, other) = groups_after(regime, 12, [{}, {'lr': 1.0, 'weight_decay': 0.3}])
     assert (plain['lr'], plain['momentum'], plain['weight_decay']) == (0.02, 0.5, 0.0)
     assert (other['lr'], other['momentum'], other['weight_decay']) == (pytest.approx(0.2), 0.5, 0.3)
@@ -166,7 +171,8 @@ def with_center(monkeypatch):
     monkeypatch.setitem(methods.METHODS, 'center', center)
 
 
-@pytest.mark.parametrize('flags', ['--method center', '--method lsoftmax center --margin 2 --beta-min 5 --mini-batch 8 --ema 0.9',
+@pytest.mark.parametrize('flags', ['--method center', '--method lsoftmax center --margin 2 --beta-min 5 --mini-batch '
+                                                      '8 --ema 0.9',
                                    '--method center amp --epsilon 0.05 --clip-norm 1'])
 def test_center_loss_trains_its_centres_and_resumes(flags, with_center, few_digits, monkeypatch, tmp_path):
     flags = f'{SHORT} {flags} --center-coef 0.1'
@@ -195,15 +201,19 @@ def test_the_lab_looks_at_the_network_without_the_centres(with_center, few_digit
         assert f'{tested:.4g}'[:5] in capsys.readouterr().out
 
 
-ARCHITECTURES = [*((models, arch) for arch in models.MODELS if arch not in ('pyramidnet', 'wrn', 'vgg13', 'vgg16', 'vgg19')),
+ARCHITECTURES = [*((models, arch) for arch in models.MODELS if arch not
+                   in ('pyramidnet', 'wrn', 'vgg13', 'vgg16', 'vgg19')),
                  *((torchvision_models, arch) for arch in ('resnet18', 'mobilenet_v3_small', 'vit_b_16', 'googlenet'))]
 
 
-@pytest.mark.parametrize('family, arch', [('cifar', 'lenet'), ('cifar', 'vgg11_bn'), ('cifar', 'densenet'), ('cifar', 'mlp'),
-                                          ('cifar', 'preresnet'), ('imagenet', 'resnet18'), ('imagenet', 'mobilenet_v3_small')])
+@pytest.mark.parametrize('family, arch', [('cifar', 'lenet'), ('cifar', 'vgg11_bn'), ('cifar', 'densenet'),
+                                          ('cifar', 'mlp'),
+                                          ('cifar', 'preresnet'), ('imagenet', 'resnet18'),
+                                          ('imagenet', 'mobilenet_v3_small')])
 @pytest.mark.parametrize('method', [[], ['lsoftmax']])
 def test_features_are_what_goes_into_the_head(family, arch, method):
-    module, parser = (models, cifar.make_parser()) if family == 'cifar' else (torchvision_models, imagenet.make_parser())
+    module, parser = (models, cifar.make_parser()) if family == 'cifar' else (torchvision_models,
+                                                                              imagenet.make_parser())
     args = parser.parse_args(['--method', *method] if method else [])
     model = module.build(arch, 7, methods.build_head(args))
     read, images = Activations(model, ['features']).read, torch.randn(4, 3, 32, 32)
@@ -295,7 +305,8 @@ def test_files_that_the_project_does_not_know_stay_and_do_not_matter(few_digits,
     call(monkeypatch, cifar, f'{flags} --resume auto')  # as after a kill before the first checkpoint
     call(monkeypatch, cifar, f'{flags} --resume auto')
     assert_same_state(first, read(folder))
-    assert (folder / 'notes.txt').read_text() == 'mine' and (folder / 'events.out.tfevents.1').exists() and (folder / 'board').is_dir()
+    assert (folder / 'notes.txt').read_text() == 'mine'
+    assert (folder / 'events.out.tfevents.1').exists() and (folder / 'board').is_dir()
 
 
 def test_a_checkpoint_never_says_where_to_write(few_digits, monkeypatch, tmp_path):
@@ -303,7 +314,8 @@ def test_a_checkpoint_never_says_where_to_write(few_digits, monkeypatch, tmp_pat
     state = read(tmp_path / 'run')
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/log.txt').write_text('precious')
-    state['args'] |= {'checkpoint': f'{tmp_path}/other', 'overwrite': True, 'evaluate': False, 'resume': 'x', 'coef': 3.0}
+    state['args'] |= {'checkpoint': f'{tmp_path}/other', 'overwrite': True, 'evaluate': False, 'resume': 'x',
+                      'coef': 3.0}
     torch.save(state, tmp_path / 'run/checkpoint.pth.tar')
     call(monkeypatch, cifar, f'--resume {tmp_path}/run/checkpoint.pth.tar --epochs 2')
     assert (tmp_path / 'other/log.txt').read_text() == 'precious' and len(list((tmp_path / 'other').iterdir())) == 1
@@ -318,7 +330,8 @@ def test_init_begins_with_the_weights_that_fit(few_digits, monkeypatch, tmp_path
     plain = {f'module.{name}': value for name, value in source.items() if not name.startswith('layer1')}
     torch.save({**plain, 'module.head.weight': torch.zeros(7, 64)}, tmp_path / 'weights.pt')
     begun = []
-    monkeypatch.setattr(Run, 'epochs', lambda run: begun.append({k: v.clone() for k, v in run.model.state_dict().items()}) or [])
+    monkeypatch.setattr(Run, 'epochs', lambda run: begun.append({k: v.clone() for k, v
+                                                                 in run.model.state_dict().items()}) or [])
     monkeypatch.setattr(Run, 'report', lambda *args: None)
     for file in (f'{tmp_path}/first/checkpoint.pth.tar', f'{tmp_path}/weights.pt'):
         capsys.readouterr()
@@ -329,7 +342,8 @@ def test_init_begins_with_the_weights_that_fit(few_digits, monkeypatch, tmp_path
     for name, value in source.items():
         left_out = name.startswith('layer1') or name == 'head.weight'
         assert torch.equal(part[name], value) != left_out or name.startswith('layer1') and value.abs().max() <= 1, name
-    assert 'of another shape there, so left out: head.weight (10x64)' in printed and 'not there, so new: layer1.' in printed
+    assert 'of another shape there, so left out: head.weight (10x64)' in printed
+    assert 'not there, so new: layer1.' in printed
     assert json.load(open(tmp_path / 'second/args.json'))['init'] == f'{tmp_path}/weights.pt'
 
 

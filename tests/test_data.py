@@ -89,7 +89,8 @@ def test_an_epoch_shows_every_image_once_and_moves_it_in_all_ways():
             seen.update((row, column, mirror) for row in range(9) for column in range(9) for mirror in (False, True)
                         if torch.equal(image[None], crop_and_flip(original[None], 4, torch.tensor([[row, column]]),
                                                                        torch.tensor([mirror]))))
-    assert {key[0] for key in seen} == {key[1] for key in seen} == set(range(9)) and {key[2] for key in seen} == {False, True}
+    assert {key[0] for key in seen} == {key[1] for key in seen} == set(range(9)) and {key[2] for key
+                                                                                      in seen} == {False, True}
 
 
 def test_one_image_and_a_short_last_batch():
@@ -143,7 +144,8 @@ def test_folder(tmp_path):
     assert np.array_equal(split.images[4].numpy(), np.asarray(Image.open(tmp_path / 'train/dog/1.png')))
 
 
-@pytest.mark.parametrize('size, mode, extension', [((64, 64), 'RGB', 'jpg'), ((80, 100), 'RGB', 'png'), ((28, 28), 'L', 'png')])
+@pytest.mark.parametrize('size, mode, extension',
+                         [((64, 64), 'RGB', 'jpg'), ((80, 100), 'RGB', 'png'), ((28, 28), 'L', 'png')])
 def test_folder_of_other_sizes_and_grey_images(tmp_path, size, mode, extension):
     write_folder(tmp_path, size=size, mode=mode, extension=extension)
     assert datasets.load('folder', str(tmp_path), 'test', image_size=64).images.shape == (6, 64, 64, 3)
@@ -236,7 +238,8 @@ def cifar_archive(tmp_path, monkeypatch, offline):
 def test_cifar10_from_the_archive_in_data(cifar_archive):
     root, source = cifar_archive
     split = datasets.load('cifar10', str(root), 'train')
-    assert split.images.shape == (20, 32, 32, 3) and split.labels.tolist() == [0, 1, 8, 9] * 5 and len(split.classes) == 10
+    assert split.images.shape == (20, 32, 32, 3) and split.labels.tolist() == [0, 1, 8,
+                                                                               9] * 5 and len(split.classes) == 10
     row = pickle.loads((source / 'data_batch_1').read_bytes())['data'][1]
     assert np.array_equal(split.images[1].numpy(), row.reshape(3, 32, 32).transpose(1, 2, 0))
     assert sorted(os.listdir(root)) == ['cifar-10-batches-py', 'cifar-10-python.tar.gz']

@@ -1,4 +1,6 @@
-"""Two processes on the CPU, started by torchrun as a user does: the same results as one, a worker that is killed, who speaks."""
+"""Two processes on the CPU, started by torchrun as a user does: the same results as one, a worker that is killed, who
+speaks.
+"""
 import os
 import pathlib
 import re
@@ -18,15 +20,18 @@ from utils import distributed
 from utils.logger import read_log
 
 ROOT = pathlib.Path(__file__).parent.parent
-NETWORK = '--arch mobilenet_v3_small --image-size 32 --train-batch 8 --test-batch 4 --lr 0.01 -j 0 --manualSeed 4'  # it has dropout
+# it has dropout
+NETWORK = '--arch mobilenet_v3_small --image-size 32 --train-batch 8 --test-batch 4 --lr 0.01 -j 0 --manualSeed 4'
 
 LOOPBACK = {'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}  # whatever the name of this machine leads to
 
 
 def start(processes, script, flags='', options=''):
-    command = [sys.executable, *(['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', *shlex.split(options)]
+    command = [sys.executable, *(['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
+                                  *shlex.split(options)]
                                  if processes else []), script, *shlex.split(flags)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.DEVNULL,
                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **LOOPBACK})
 
 
@@ -96,19 +101,22 @@ def test_a_local_perturbation_is_another_one_and_yet_the_processes_agree(results
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
 @settings(deadline=None)
 def test_shares_together_are_the_batches(images, of_each, processes, first):
-    expected = [list(range(images))[begin:begin + of_each * processes] for begin in range(0, images, of_each * processes)][first:]
+    expected = [list(range(images))[begin:begin + of_each * processes] for begin
+                in range(0, images, of_each * processes)][first:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, 'world_size', lambda: processes)
         shares = []
         for rank in range(processes):
             patch.setattr(distributed, 'rank', lambda: rank)
-            shares.append([list(range(images))[part] for part in distributed.local_slices(images, of_each * processes, first)])
+            shares.append([list(range(images))[part] for part
+                           in distributed.local_slices(images, of_each * processes, first)])
     assert [[position for share in batch for position in share] for batch in zip(*shares)] == expected
     assert all(len(share) <= of_each for batch in zip(*shares) for share in batch)
 
 
 def test_a_killed_worker_is_started_again_and_the_end_is_the_same(folder, tmp_path, monkeypatch, capsys):
-    flags = (f'--data {folder} {NETWORK} --epochs 2 --method dma smoothout --ss 0.01 --ema 0.9 --mixup 0.2 --checkpoint-every 2 '
+    flags = (f'--data {folder} {NETWORK} --epochs 2 --method dma smoothout --ss 0.01 --ema 0.9 --mixup 0.2 '
+             '--checkpoint-every 2 '
              '--resume auto --deterministic')
     # 42 files are 6 batches; after 9 steps, the third of the second epoch, the last checkpoint is of 8.
     killed = start(2, 'tests/killed_once.py', f'9 {flags} --checkpoint {tmp_path}/killed', '--max-restarts=3')
@@ -121,7 +129,8 @@ def test_a_killed_worker_is_started_again_and_the_end_is_the_same(folder, tmp_pa
     for name in first:
         assert first[name].keys() == second[name].keys() and any('momentum_buffer' in key for key in first[name])
         for key, value in first[name].items():
-            same = torch.equal(value, second[name][key]) if isinstance(value, torch.Tensor) else value == second[name][key]
+            same = torch.equal(value, second[name][key]) if isinstance(value,
+                                                                       torch.Tensor) else value == second[name][key]
             assert same, f'{name}: {key}'
     assert '/other_random_states/0/cpu' in first['checkpoint.pth.tar']
     logs = [read_log(tmp_path / run / 'log.txt') for run in ('killed', 'undisturbed')]
@@ -131,13 +140,15 @@ def test_a_killed_worker_is_started_again_and_the_end_is_the_same(folder, tmp_pa
     assert quiet.count('epoch 1/2') == 1 and quiet.count('balanced accuracy') == 1
     assert quiet.count('skipped 2 images that cannot be read') == 2 and f'{folder}/train/class1/short.jpg' in quiet
     listed = (tmp_path / 'undisturbed' / 'skipped.txt').read_text()
-    assert [line.split('\t')[0] for line in listed.splitlines()] == [f'{folder}/{part}/class1/short.jpg' for part in ('train', 'val')]
+    assert [line.split('\t')[0] for line in listed.splitlines()] == [f'{folder}/{part}/class1/short.jpg' for part
+                                                                     in ('train', 'val')]
     confusion = (tmp_path / 'undisturbed' / 'confusion.csv').read_text().splitlines()[1:]
     assert [sum(map(int, row.split(',')[1:])) for row in confusion] == [5, 4, 4]
 
     call(monkeypatch, imagenet, f'--evaluate --data {folder} -j 0 --resume {tmp_path}/undisturbed/checkpoint.pth.tar')
     loss, top1 = re.search(r'test loss ([\d.]+) top-1 ([\d.]+)%', capsys.readouterr().out).groups()
-    assert float(top1) == pytest.approx(logs[0]['Test Top-1'][-1], abs=0.01) and float(loss) == pytest.approx(logs[0]['Test Loss'][-1], abs=1e-4)
+    assert float(top1) == pytest.approx(logs[0]['Test Top-1'][-1],
+                                        abs=0.01) and float(loss) == pytest.approx(logs[0]['Test Loss'][-1], abs=1e-4)
 
 
 def test_a_mistake_is_said_once_and_ends_all_processes(tmp_path):
@@ -149,16 +160,20 @@ def test_a_mistake_is_said_once_and_ends_all_processes(tmp_path):
 
 def test_what_processes_cannot_share_is_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(distributed, 'world_size', lambda: 3)
-    for flags, sentence in (('--train-batch 128', '3 processes cannot share --train-batch, which is 128; give a multiple of 3'),
-                            ('--train-batch 96 --mini-batch 48', 'does not divide the 32 images that each of 3 processes has')):
+    for flags, sentence in (('--train-batch 128', '3 processes cannot share --train-batch, which is 128; give a '
+                                                  'multiple of 3'),
+                            ('--train-batch 96 --mini-batch 48',
+                             'does not divide the 32 images that each of 3 processes has')):
         assert sentence in refused(monkeypatch, capsys, tmp_path, f'-d digits {flags}')
 
 
 def test_cifar_trains_in_two_processes(tmp_path):
-    process = start(2, 'cifar.py', f'-d digits --depth 8 --epochs 1 --train-batch 128 --method lsoftmax --margin 2 --manualSeed 1 -c {tmp_path}')
+    process = start(2, 'cifar.py', '-d digits --depth 8 --epochs 1 --train-batch 128 --method lsoftmax --margin 2 '
+                                   f'--manualSeed 1 -c {tmp_path}')
     printed, _ = finish(process)
     assert '| 2 processes' in printed and printed.count('epoch 1/1') == 1
     state = torch.load(tmp_path / 'checkpoint.pth.tar', weights_only=True)
-    assert state['state_dict']['head.beta'].item() == pytest.approx(100 * 0.99 ** 12, rel=1e-5)  # it falls once in each of 12 steps
+    # it falls once in each of 12 steps
+    assert state['state_dict']['head.beta'].item() == pytest.approx(100 * 0.99 ** 12, rel=1e-5)
     confusion = (tmp_path / 'confusion.csv').read_text().splitlines()[1:]
     assert sum(int(cell) for row in confusion for cell in row.split(',')[1:]) == 360

@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 import cifar
 import imagenet
@@ -16,7 +17,8 @@ from utils.lab import checkpoints
 from utils.logger import read_log
 
 ROOT = pathlib.Path(__file__).parent.parent
-TEXT = (ROOT / 'README.md').read_text() + (ROOT / 'TRAINING.md').read_text()
+DOCUMENTS = [ROOT / 'README.md', ROOT / 'TRAINING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TEXT = '\n'.join(document.read_text() for document in DOCUMENTS)
 COMMANDS = sorted({re.split(r'\s{2,}#|`| \|', command.replace('\\\n', ' '))[0].strip()
                    for command in re.findall(r'python cifar\.py((?:[^\n`\\]|\\\n)*)', TEXT)})
 
@@ -25,7 +27,8 @@ IMAGENET = sorted({re.split(r'\s{2,}#|`| \|', command.replace('\\\n', ' '))[0].s
                    for command in re.findall(r'(?:python|torchrun[^`]*?) imagenet\.py( -(?:[^\n`\\]|\\\n)*)', TEXT)})
 
 
-@pytest.mark.parametrize('command', [command for command in COMMANDS if 'resume' not in command and 'help' not in command])
+@pytest.mark.parametrize('command', [command for command in COMMANDS if 'resume' not in command and 'help' not
+                                     in command])
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(command)])
     cifar.parse_arguments()
@@ -61,7 +64,8 @@ def test_the_readmes_own_method_trains_beside_dma(monkeypatch, tmp_path):
     monkeypatch.setitem(methods.METHODS, 'confidence', module)
     losses = []
     for coef in (0, 5):
-        flags = f'-d digits --depth 8 --epochs 1 --manualSeed 0 --method dma confidence --dma-coef 0.5 --confidence-coef {coef}'
+        flags = '-d digits --depth 8 --epochs 1 --manualSeed 0 --method dma confidence --dma-coef 0.5 '
+        flags += f'--confidence-coef {coef}'
         monkeypatch.setattr(sys, 'argv', ['cifar.py', *flags.split(), '-c', f'{tmp_path}/{coef}'])
         cifar.main()
         losses += read_log(f'{tmp_path}/{coef}/log.txt')['Train Loss']
@@ -69,21 +73,67 @@ def test_the_readmes_own_method_trains_beside_dma(monkeypatch, tmp_path):
 
 
 def test_the_methods_benchmark_runs():
-    command = [sys.executable, 'benchmarks/methods.py', *'--depth 8 --batch 8 --steps 1 --rounds 1 --classes 1000'.split()]
+    command = [sys.executable, 'benchmarks/methods.py',
+               *'--depth 8 --batch 8 --steps 1 --rounds 1 --classes 1000'.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r'^--method .* \d\.\d+  \(rounds', result.stdout, re.MULTILINE)) == 6 and ', ratio ' in result.stdout
+    assert len(re.findall(r'^--method .* \d\.\d+  \(rounds', result.stdout,
+                          re.MULTILINE)) == 6 and ', ratio ' in result.stdout
 
 
 def test_the_benchmark_runs():
-    command = [sys.executable, 'benchmarks/train_step.py', *'--depth 8 --batch 16 --steps 2 --rounds 1 --workers 1'.split()]
+    command = [sys.executable, 'benchmarks/train_step.py',
+               *'--depth 8 --batch 16 --steps 2 --rounds 1 --workers 1'.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert re.search(r'epoch of cifar\.py / bare loop: \d+\.\d+', result.stdout) and 'pipeline, bf16: ' in result.stdout
 
 
 def test_the_sharpness_benchmark_runs():
-    command = [sys.executable, 'benchmarks/sharpness.py', *'--depth 8 --images 16 --batch 8 --points 2 --rounds 1'.split()]
+    command = [sys.executable, 'benchmarks/sharpness.py',
+               *'--depth 8 --images 16 --batch 8 --points 2 --rounds 1'.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert re.search(r'points per second over a bare evaluation: \d+\.\d+ .*\ngradients per second over a bare pass: \d+\.\d+', result.stdout)
+    pattern = r'points per second over a bare evaluation: \d+\.\d+ .*\ngradients per second over a bare pass: \d+\.\d+'
+    assert re.search(pattern, result.stdout)
+
+
+# Files of a run, archives of data sets, and placeholders: named in the documents, not in the repository.
+ELSEWHERE = re.compile(r'DIR\b|FILE\b|RUN/|HOST|REPOSITORY|data/|checkpoints/|.*MNIST/raw/|.*\*|module:|log\.'
+                       r'|confusion\.|args\.json|result\.json|skipped\.txt|.*\.pth\.tar|.*\.mat|.*\.tar\.gz|train\.sbatch'
+                       r'|curves\.png')
+QUOTED = sorted({quoted for document in DOCUMENTS for quoted in re.findall(r'`([^`\n]+)`', document.read_text())})
+SOURCE = '\n'.join(path.read_text() for path in ROOT.rglob('*.py')
+                   if not {'.venv', 'checkpoints', 'data'} & set(path.relative_to(ROOT).parts))
+
+
+@pytest.mark.parametrize('path', [q for q in QUOTED if re.fullmatch(r'[\w./-]+\.(py|sh|md|txt|png|json)|[\w./-]+/', q)])
+def test_every_path_in_the_documents_exists(path):
+    folders = (ROOT, ROOT / 'utils', ROOT / 'utils/lab', ROOT / 'models', ROOT / 'scripts')
+    assert ELSEWHERE.match(path) or any((folder / path).exists() for folder in folders)
+
+
+@pytest.mark.parametrize('name', [q for q in QUOTED if re.fullmatch(r'[A-Za-z_][\w.]*\([^)]*\)', q)])
+def test_every_function_in_the_documents_exists(name):
+    last = name.split('(')[0].rsplit('.', 1)[-1]
+    assert re.search(rf'(def|class) {last}\b', SOURCE) or hasattr(torch.nn.Module, last) or hasattr(torch.Tensor, last)
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r'\]\((?!https?:)([^)#\s]+)', document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_no_line_is_longer_than_120_characters():
+    folders = ('utils', 'models', 'tests', 'benchmarks', 'scripts')
+    files = [*ROOT.glob('*.py'), *(path for folder in folders for path in (ROOT / folder).rglob('*')
+                                   if path.suffix in ('.py', '.sh'))]
+    long = [f'{path.relative_to(ROOT)}:{index}' for path in files
+            for index, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long, long[:20]
+
+
+def test_a_wrapped_network_does_not_need_torchvision():
+    code = 'import sys, models.wrapped, cifar; sys.exit("torchvision" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0

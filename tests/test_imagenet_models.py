@@ -20,7 +20,8 @@ from utils import methods
 from utils.eval import logits_of
 
 # The smallest of a family, and images as small as its network takes.
-FAMILIES = [('resnet18', 32), ('mobilenet_v2', 32), ('mobilenet_v3_small', 32), ('mnasnet0_5', 32), ('shufflenet_v2_x0_5', 32),
+FAMILIES = [('resnet18', 32), ('mobilenet_v2', 32), ('mobilenet_v3_small', 32), ('mnasnet0_5', 32),
+            ('shufflenet_v2_x0_5', 32),
             ('efficientnet_b0', 32), ('densenet121', 32), ('regnet_x_400mf', 32), ('convnext_tiny', 32), ('swin_t', 32),
             ('vit_b_16', 32), ('googlenet', 32), ('inception_v3', 75)]
 
@@ -31,12 +32,15 @@ def real(arch, classifier=nn.Linear, size=None):
 
 
 def criterion(model, *names, label_smoothing=0.0):
-    return methods.build_criterion(SimpleNamespace(method=list(names), label_smoothing=label_smoothing, dma_coef=0.5), model)
+    return methods.build_criterion(SimpleNamespace(method=list(names), label_smoothing=label_smoothing, dma_coef=0.5),
+                                   model)
 
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Networks without memory and without initialisation; regnet computes its widths with tensors, so these have to be real."""
+    """Networks without memory and without initialisation; regnet computes its widths with tensors, so these have to be
+    real.
+    """
     widths = BlockParams.from_init_params
 
     def on_cpu(*args, **options):
@@ -61,7 +65,8 @@ def downloads(monkeypatch):
 def test_every_torchvision_classifier_is_listed():
     assert len(set(models.MODELS)) == len(models.MODELS) > 80
     assert {'resnet50', 'vit_h_14', 'maxvit_t', 'resnext50', 'resnext101'} <= set(models.MODELS)
-    assert not any('deeplab' in arch or 'rcnn' in arch or 'quantized' in arch or 'r3d' in arch for arch in models.MODELS)
+    assert not any('deeplab' in arch or 'rcnn' in arch or 'quantized' in arch or 'r3d' in arch for arch
+                   in models.MODELS)
 
 
 @pytest.mark.parametrize('arch', models.MODELS)
@@ -115,11 +120,13 @@ def test_parameter_count(arch, options, published, on_meta):
 ])
 def test_resnext_has_the_shapes_of_torchvisions(arch, options, same, on_meta):
     ours, theirs = (models.build(name, 5, **flags).state_dict() for name, flags in ((arch, options), (same, {})))
-    assert [(name, value.shape) for name, value in ours.items()] == [(name, value.shape) for name, value in theirs.items()]
+    assert [(name, value.shape) for name, value in ours.items()] == [(name, value.shape) for name, value
+                                                                     in theirs.items()]
 
 
 def test_options():
-    assert models.resolve_options('resnext50', {'cardinality': None, 'base_width': 8}) == {'cardinality': 32, 'base_width': 8}
+    assert models.resolve_options('resnext50',
+                                  {'cardinality': None, 'base_width': 8}) == {'cardinality': 32, 'base_width': 8}
     assert models.resolve_options('resnet18', {'cardinality': None}) == {}
     sentence = '--cardinality is not used by --arch resnet18, which takes no such option'
     with pytest.raises(ValueError, match=f'^{sentence}$'):
@@ -140,13 +147,18 @@ def test_image_sizes(on_meta):
 
 @pytest.mark.parametrize('arch, options, sentence', [
     ('resnext50', {'pretrained': True}, '--pretrained: torchvision has no weights of resnext50'),
-    ('vit_b_16', {'image_size': 100}, '--arch vit_b_16 takes images whose side is a multiple of 16 pixels, was given 100'),
-    ('maxvit_t', {'image_size': 256}, '--arch maxvit_t takes images whose side is a multiple of 224 pixels, was given 256'),
-    ('inception_v3', {'image_size': 298}, '--arch inception_v3 has an auxiliary classifier, for images of at least 299 pixels, '
+    ('vit_b_16', {'image_size': 100}, '--arch vit_b_16 takes images whose side is a multiple of 16 pixels, was given '
+                                      '100'),
+    ('maxvit_t', {'image_size': 256}, '--arch maxvit_t takes images whose side is a multiple of 224 pixels, was given '
+                                      '256'),
+    ('inception_v3', {'image_size': 298}, '--arch inception_v3 has an auxiliary classifier, for images of at least '
+                                          '299 pixels, '
                                           'was given 298'),
-    ('vit_b_16', {'image_size': 384, 'pretrained': True}, '--pretrained: the weights of vit_b_16 are for images of 224 pixels, '
+    ('vit_b_16', {'image_size': 384, 'pretrained': True}, '--pretrained: the weights of vit_b_16 are for images of '
+                                                          '224 pixels, '
                                                           'was given 384'),
-    ('maxvit_t', {'image_size': 448, 'pretrained': True}, '--pretrained: the weights of maxvit_t are for images of 224 pixels, '
+    ('maxvit_t', {'image_size': 448, 'pretrained': True}, '--pretrained: the weights of maxvit_t are for images of '
+                                                          '224 pixels, '
                                                           'was given 448'),
 ])
 def test_what_cannot_be_is_one_sentence(arch, options, sentence):
@@ -218,7 +230,8 @@ class Backbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.aux, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10), nn.BatchNorm1d(8), nn.Linear(8, 10)
+        self.conv, self.aux, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8,
+                                                                              10), nn.BatchNorm1d(8), nn.Linear(8, 10)
 
     def forward(self, x):
         x = self.conv(x).mean(dim=(2, 3))
@@ -229,7 +242,8 @@ class Backbone(nn.Module):
 
 def test_auxiliary_classifiers_under_compile_and_data_parallel(tmp_path):
     torch.manual_seed(0)
-    model, images, targets = TorchvisionClassifier(Backbone(), 'fc', DMA_Linear, 0.3), torch.randn(4, 3, 8, 8), torch.arange(4)
+    model, images, targets = TorchvisionClassifier(Backbone(), 'fc', DMA_Linear,
+                                                   0.3), torch.randn(4, 3, 8, 8), torch.arange(4)
     expected = copy.deepcopy(model)(images, targets)
     compiled = torch.compile(copy.deepcopy(model), backend='eager', fullgraph=True)
     store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
@@ -256,7 +270,8 @@ def test_pretrained_weights_for_the_same_classes(arch, downloads, recwarn):
     recwarn.clear()
     model, margin = models.build(arch, 1000, pretrained=True), models.build(arch, 1000, LSoftmaxLinear, pretrained=True)
     assert not recwarn.list
-    preset, usual = (torch.tensor(each) for each in ((models.weights_preset(arch).mean, models.weights_preset(arch).std),
+    preset, usual = (torch.tensor(each) for each
+                     in ((models.weights_preset(arch).mean, models.weights_preset(arch).std),
                                                     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
     assert torch.equal(preset, usual) == (arch == 'resnet18')
     own, images = ((images - mean[:, None, None]) / std[:, None, None] for mean, std in (preset, usual))
@@ -266,7 +281,8 @@ def test_pretrained_weights_for_the_same_classes(arch, downloads, recwarn):
         assert torch.allclose(margin.eval()(own), expected - torchvisions.fc.bias, atol=1e-5)
         torchvisions.fc = nn.Identity()  # as its new layers are so small that logits would hide a difference
         features, theirs = model.features(own), torchvisions(images)
-        assert (features - theirs).abs().max() < 1e-4 * theirs.abs().max() < (model.features(images + 1) - theirs).abs().max()
+        other = (model.features(images + 1) - theirs).abs().max()
+        assert (features - theirs).abs().max() < 1e-4 * theirs.abs().max() < other
     assert torch.equal(models.build(arch, 1000, DMA_Linear, pretrained=True).head.bias, downloads[0].fc.bias)
     if arch == 'googlenet':
         assert torch.equal(model.backbone.aux1.fc2.weight, downloads[0].aux1.fc2.weight)

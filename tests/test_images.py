@@ -72,7 +72,8 @@ def test_folders_are_listed_in_the_order_of_their_names(tmp_path):
     train = found['train']
     assert list(found) == ['train', 'val'] and train.classes == ['cat', 'dog'] and train.labels.tolist() == [0, 0, 1, 1]
     assert train.labels.dtype == torch.int64
-    assert train.paths == [str(tmp_path / 'train' / name) for name in ('cat/0.png', 'cat/1.png', 'dog/0.png', 'dog/1.png')]
+    assert train.paths == [str(tmp_path / 'train' / name) for name
+                           in ('cat/0.png', 'cat/1.png', 'dog/0.png', 'dog/1.png')]
     assert train.class_counts() == [2, 2] and len(found['val'].paths) == 2
     part = train.subset(torch.tensor([3, 0, 2]))
     assert part.paths == [train.paths[3], train.paths[0], train.paths[2]] and part.labels.tolist() == [1, 0, 1]
@@ -92,7 +93,8 @@ def test_folders_that_are_not_sound_are_named(tmp_path):
     write_part(tmp_path / 'set', 'train', [str(number) for number in range(10, 17)], number=1)
     fails(layout + 'ROOT/val')
     write_part(tmp_path / 'set', 'val', ['10', 'emu'], number=1)
-    fails('ROOT/train and ROOT/val must have the same class folders, but only one of them has: 11, 12, 13, 14, 15 and 2 more')
+    fails('ROOT/train and ROOT/val must have the same class folders, but only one of them has: 11, 12, 13, 14, 15 and '
+          '2 more')
     shutil.rmtree(tmp_path / 'set/val/emu')
     for name in range(13, 17):
         shutil.rmtree(tmp_path / f'set/train/{name}')
@@ -197,7 +199,8 @@ def test_what_is_drawn_depends_on_seed_epoch_and_position_alone(folder):
 
 
 def test_batches_from_the_middle_of_an_epoch_are_those_of_the_whole(folder):
-    batches = make(folder, batch_size=4, transform=folders.training_transform(8, 'trivialaugment'), mix=folders.mixing(1, 1, 6))
+    batches = make(folder, batch_size=4, transform=folders.training_transform(8, 'trivialaugment'),
+                   mix=folders.mixing(1, 1, 6))
     whole = list(batches.shuffled(1, 2))
     for first in range(4):
         assert_same(batches.shuffled(1, 2, first), whole[first:])
@@ -284,7 +287,8 @@ def test_files_that_cannot_be_read_are_left_out_and_noted(workers, damaged):
     for image, number in zip(torch.cat([first, second]), (0, 2, 5), strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels(number))
     assert list(batches.skipped) == [damaged.paths[number] for number in (1, 3, 4)]
-    for reason, words in zip(batches.skipped.values(), ('truncated', 'cannot identify image', 'more than 8 bits'), strict=True):
+    for reason, words in zip(batches.skipped.values(), ('truncated', 'cannot identify image', 'more than 8 bits'),
+                             strict=True):
         assert words in reason and '\n' not in reason
 
 
@@ -292,7 +296,8 @@ def test_a_file_that_is_missing_and_a_batch_of_nothing_else(damaged):
     os.remove(damaged.paths[1])
     batches = make(damaged.subset([1]), mix=folders.mixing(0.2, 0, 6))
     (inputs, targets), = batches.shuffled(0, 0)
-    assert inputs.shape == (0, 3, 8, 8) and targets.shape == (0, 6) and 'No such file' in batches.skipped[damaged.paths[1]]
+    assert inputs.shape == (0, 3, 8, 8) and targets.shape == (0,
+                                                              6) and 'No such file' in batches.skipped[damaged.paths[1]]
 
 
 def test_what_is_drawn_for_the_others_does_not_change(damaged):
@@ -311,7 +316,8 @@ def test_strict_refuses_them(workers, damaged):
     with pytest.raises(UserError) as error:
         list(make(damaged, workers=workers, strict=True))
     assert str(error.value).startswith(f'{damaged.paths[1]} cannot be read as an image (')
-    assert str(error.value).endswith('); mend or remove it, or leave --strict away to skip it') and '\n' not in str(error.value)
+    assert str(error.value).endswith('); mend or remove it, or leave --strict away to skip '
+                                     'it') and '\n' not in str(error.value)
     assert len(list(make(damaged.subset([0, 2, 5]), strict=True))) == 1
 
 
@@ -321,10 +327,12 @@ def test_grey_cmyk_and_palette_images_and_odd_exif_data_are_read_without_a_word(
     colours.convert('L').save(tmp_path / 'train/a/0.png')
     colours.convert('CMYK').save(tmp_path / 'train/a/1.jpg', quality=100)
     colours.quantize(4).save(tmp_path / 'train/a/2.png', transparency=bytes([9, 255, 9, 255]))
-    colours.save(tmp_path / 'train/a/3.jpg', quality=100, exif=b'Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01\x03\0')  # cut short
+    # cut short
+    colours.save(tmp_path / 'train/a/3.jpg', quality=100, exif=b'Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01\x03\0')
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation, which is ignored
-    Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 4, 0).repeat(8, 1)).save(tmp_path / 'train/a/4.jpg', exif=turned)
+    Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 4, 0).repeat(8, 1)).save(tmp_path / 'train/a/4.jpg',
+                                                                                         exif=turned)
     batches = raw(folders.read_folder(str(tmp_path), 'train'))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -384,7 +392,8 @@ def test_both_take_turns_and_depend_on_seed_epoch_and_batch_alone(folder):
             kinds.add(((inputs == plain) | (inputs == plain.roll(1, 0))).all().item())
             shares.append(round(targets.max().item(), 6))
     assert kinds == {False, True} and len(set(shares)) > 6
-    for first, again in zip(mixed_and_plain(folder, mix, workers=0), mixed_and_plain(folder, mix, workers=1), strict=True):
+    for first, again in zip(mixed_and_plain(folder, mix, workers=0), mixed_and_plain(folder, mix, workers=1),
+                            strict=True):
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 

@@ -19,9 +19,12 @@ GOLDEN, landscape_of = sharpness_golden()
 
 
 def network(seed=0, dtype=torch.float64):
-    """Convolutions, BatchNorm with statistics that were seen, an in-place ReLU, pooling, dropout, and no bias here and there."""
+    """Convolutions, BatchNorm with statistics that were seen, an in-place ReLU, pooling, dropout, and no bias here and
+    there.
+    """
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(),
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                        nn.MaxPool2d(2), nn.Flatten(),
                         nn.Dropout(0.5), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 6)).to(dtype)
     for _ in range(3):
         net(torch.randn(16, 3, 6, 6, dtype=dtype))
@@ -30,7 +33,8 @@ def network(seed=0, dtype=torch.float64):
 
 def images(sizes=(7, 7, 3), classes=6, seed=1, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return Fixed([(torch.randn(n, 3, 6, 6, dtype=dtype, generator=generator), torch.randint(classes, (n,), generator=generator))
+    return Fixed([(torch.randn(n, 3, 6, 6, dtype=dtype, generator=generator),
+                   torch.randint(classes, (n,), generator=generator))
                   for n in sizes], classes)
 
 
@@ -68,11 +72,13 @@ def test_the_vector_is_the_parameters_in_order_and_the_model_is_left_alone():
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 100), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), scale=st.sampled_from([0.0, 0.1, 2.0]))
+@given(seed=st.integers(0, 100), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+       scale=st.sampled_from([0.0, 0.1, 2.0]))
 def test_loss_by_loop_at_any_weights_whatever_the_batches(seed, sizes, scale):
     net, batches = network(seed), images(sizes, seed=seed)
     landscape = Landscape(net, batches)
-    weights = landscape.weights + scale * torch.randn(len(landscape.weights), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    weights = landscape.weights + scale * torch.randn(len(landscape.weights), dtype=torch.float64,
+                                                      generator=torch.Generator().manual_seed(seed))
     other = copy.deepcopy(net).eval()
     nn.utils.vector_to_parameters(weights, other.parameters())
     inputs, targets = together(batches)
@@ -94,8 +100,10 @@ def test_the_hessian_is_the_slope_of_the_gradient():
 @pytest.mark.parametrize('arch', ['resnet', 'lenet', 'shallow', 'densenet', 'mlp', 'vgg11_bn'])
 def test_it_measures_what_the_network_itself_says(arch):
     torch.manual_seed(0)
-    net = models.build(arch, 10, **{'resnet': {'depth': 8}, 'densenet': {'depth': 10}}.get(arch, {})).eval().to(memory_format=torch.channels_last)
-    batches = Fixed([(torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.randint(10, (4,)))], 10)
+    net = models.build(arch, 10, **{'resnet': {'depth': 8}, 'densenet': {'depth': 10}}.get(arch, {}))
+    net = net.eval().to(memory_format=torch.channels_last)
+    batches = Fixed([(torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last),
+                      torch.randint(10, (4,)))], 10)
     landscape, counted = Landscape(net, batches), Predictions(1, 10, 'cpu')
     landscape.measure(meter=counted)
     with torch.no_grad():
@@ -172,7 +180,8 @@ def test_statistics_are_estimated_as_the_mean_over_batches(sizes):
     torch.testing.assert_close(buffers['1.running_mean'], mean)
     torch.testing.assert_close(buffers['1.running_var'], variance)
     assert not torch.equal(buffers['7.running_mean'], landscape.buffers['7.running_mean'])
-    assert torch.equal(buffers['1.running_mean'], landscape.estimated_buffers(batches, moved)['1.running_mean'])  # no dropout in it
+    # no dropout in it
+    assert torch.equal(buffers['1.running_mean'], landscape.estimated_buffers(batches, moved)['1.running_mean'])
 
 
 def test_without_batch_norm_there_is_nothing_to_estimate():
@@ -185,7 +194,8 @@ def test_an_error_on_the_way_leaves_the_layers_in_evaluation():
     landscape = Landscape(net, images())
     with pytest.raises(RuntimeError):
         landscape.estimated_buffers([(torch.zeros(2, 1, 6, 6, dtype=torch.float64), torch.zeros(2))])
-    assert not any(module.training for module in net.modules()) and net[1].momentum == 0.1 and same(net, Landscape(net, images()).model)
+    assert not any(module.training for module
+                   in net.modules()) and net[1].momentum == 0.1 and same(net, Landscape(net, images()).model)
 
 
 @pytest.mark.gpu

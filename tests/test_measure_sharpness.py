@@ -25,7 +25,8 @@ class Quadratic:
     """c + b.w + w.Aw / 2 as a Landscape; `sizes` are those of its parameter tensors."""
 
     def __init__(self, w, b, A, c=0.5, sizes=None):
-        self.weights, self.b, self.A, self.c = (torch.as_tensor(np.asarray(value, dtype=np.float64)) for value in (w, b, A, c))
+        self.weights, self.b, self.A, self.c = (torch.as_tensor(np.asarray(value, dtype=np.float64)) for value
+                                                in (w, b, A, c))
         self.sizes = sizes or [len(self.weights)]
 
     def at(self, w):
@@ -53,13 +54,16 @@ class Quadratic:
 @pytest.mark.parametrize('epsilon', [0.0005, 0.001])
 @pytest.mark.parametrize('space', ['full', 'manifold5'])
 def test_golden_box(name, epsilon, space):
-    golden = {key: GOLDEN[f'{name}/eps{epsilon}/{space}/{key}'] for key in ('fixed/sharpness', 'fixed/f_max', 'asis/sharpness')}
-    found = sharp.box_sharpness(landscape_of(name), epsilon, 10, torch.tensor(GOLDEN['manifold/A_plus_raw']) if space != 'full' else None)
+    golden = {key: GOLDEN[f'{name}/eps{epsilon}/{space}/{key}'] for key
+              in ('fixed/sharpness', 'fixed/f_max', 'asis/sharpness')}
+    found = sharp.box_sharpness(landscape_of(name), epsilon, 10, torch.tensor(GOLDEN['manifold/A_plus_raw'])
+                                if space != 'full' else None)
     assert found['sharpness'] == pytest.approx(float(golden['fixed/sharpness']), abs=1e-9)
     assert found['worst loss'] == pytest.approx(float(golden['fixed/f_max']), abs=1e-12)
     assert abs(golden['asis/sharpness']) < 1e-12 < 1e-4 < found['sharpness']  # the original's search found nothing
     if space == 'full':
-        first_order, corner = (float(GOLDEN[f'{name}/eps{epsilon}/full/{key}']) for key in ('first_order', 'corner_sharpness'))
+        first_order, corner = (float(GOLDEN[f'{name}/eps{epsilon}/full/{key}']) for key
+                               in ('first_order', 'corner_sharpness'))
         assert first_order < found['sharpness'] <= corner + 1e-12
 
 
@@ -107,7 +111,8 @@ def test_corners_find_what_ten_iterations_of_the_search_do_not(size):
     w, a = random.standard_normal(size), random.uniform(0.1, 2, size)
     quadratic = Quadratic(w, -a * w + random.choice([-1, 1], size) * random.uniform(0.5, 2, size), np.diag(a), c=300)
     found, expected = sharp.box(quadratic, 0, 0.01, 10, None, 1), box_by_loop(quadratic, 0.01)
-    assert found['corners']['sharpness'] == pytest.approx(expected, rel=1e-9) and len(found['corners']['each step']) == 10
+    assert found['corners']['sharpness'] == pytest.approx(expected,
+                                                          rel=1e-9) and len(found['corners']['each step']) == 10
     assert found['sharpness'] <= expected * (1 + 1e-9) and (found['sharpness'] > 0.999 * expected or size == 200)
 
 
@@ -150,8 +155,10 @@ def test_a_manifold_of_one_dimension_in_closed_form():
 def test_manifolds_are_drawn_anew_and_their_spread_is_reported():
     found = sharp.box(landscape_of('slave'), 7, 1e-3, 10, 5, 4)
     each = [one['sharpness'] for one in found['each']]
-    assert len(set(each)) == 4 and found['sharpness'] == pytest.approx(np.mean(each)) and found['deviation'] == pytest.approx(np.std(each, ddof=1))
-    assert sharp.box(landscape_of('slave'), 7, 1e-3, 10, 5, 4) == found != sharp.box(landscape_of('slave'), 8, 1e-3, 10, 5, 4)
+    assert len(set(each)) == 4 and found['sharpness'] == pytest.approx(np.mean(each))
+    assert found['deviation'] == pytest.approx(np.std(each, ddof=1))
+    assert sharp.box(landscape_of('slave'), 7, 1e-3, 10, 5, 4) == found != sharp.box(landscape_of('slave'), 8, 1e-3, 10,
+                                                                                     5, 4)
     assert sharp.box(landscape_of('slave'), 7, 1e-3, 10, 5, 1)['deviation'] is None
 
 
@@ -189,7 +196,8 @@ def test_every_tensor_is_at_its_radius_and_the_best_step_counts():
 def test_noise_by_loop():
     quadratic = Quadratic([1.0, -2.0, 0.5], [3.0, 1.0, -1.0], np.diag([2.0, 0.5, 1.0]))
     found, generator = sharp.noise(quadratic, 5, 0.1, 'uniform', 'none', False, 6), seeded_generator(5)
-    rises = [(quadratic.at(quadratic.weights + 0.1 * quadratic.noise(generator, None, None, None)) - quadratic.at(quadratic.weights)).item()
+    rises = [(quadratic.at(quadratic.weights + 0.1 * quadratic.noise(generator, None, None,
+                                                                     None)) - quadratic.at(quadratic.weights)).item()
              for _ in range(6)]
     assert found['rise'] == pytest.approx(np.mean(rises)) and found['deviation'] == pytest.approx(np.std(rises, ddof=1))
     assert sharp.noise(quadratic, 5, 0.1, 'uniform', 'none', False, 1)['deviation'] is None
@@ -201,7 +209,8 @@ def test_noise_by_loop():
 
 def dense_hessian(landscape):
     """One column after the other."""
-    return torch.stack([landscape.hessian_product(column) for column in torch.eye(len(landscape.weights), dtype=torch.float64)])
+    return torch.stack([landscape.hessian_product(column) for column
+                        in torch.eye(len(landscape.weights), dtype=torch.float64)])
 
 
 @pytest.mark.parametrize('name', ['master', 'slave'])
@@ -235,7 +244,8 @@ def test_the_trace_of_a_diagonal_hessian_needs_one_probe():
 
 
 def test_more_eigenvalues_than_parameters_are_refused():
-    with pytest.raises(UserError, match='--eigenvalue-count must be less than the number of parameters, 2, was given 2'):
+    with pytest.raises(UserError, match='--eigenvalue-count must be less than the number of parameters, 2, was given '
+                                        '2'):
         sharp.eigenvalues(Quadratic([0, 0], [0, 0], np.eye(2)), 0, 2, 1e-3)
 
 
@@ -250,7 +260,8 @@ def test_all_measures_of_several_checkpoints_in_a_table_and_in_json(runs, monkey
     call(monkeypatch, sharp, f'{" ".join(files)} --all {SHORT} -o {tmp_path}')
     printed = capsys.readouterr().out
     table = [line for line in printed.splitlines() if line.startswith('|')]
-    assert [line.split('|')[1].strip() for line in table] == ['checkpoint', '---', *(f'{name}/checkpoint' for name in before)]
+    assert [line.split('|')[1].strip() for line in table] == ['checkpoint', '---',
+                                                              *(f'{name}/checkpoint' for name in before)]
     assert len({line.count('|') for line in table}) == 1 and 'nan' not in printed
     for name in before:
         entries = json.loads((tmp_path / f'{name}-checkpoint-sharpness.json').read_text())
@@ -258,14 +269,17 @@ def test_all_measures_of_several_checkpoints_in_a_table_and_in_json(runs, monkey
         results = {entry['measure']: entry['result'] for entry in entries}
         assert results['ball']['rise'] > results['noise']['rise'] and results['box']['sharpness'] > 0
         settings = entries[1]['settings']
-        assert settings['images']['mode'] == 'train' and settings['images']['number'] == 12 and settings['box_epsilon'] == 0.001
-        assert set(entries[0]['environment']) == {'commit', 'device', 'torch'} and entries[0]['settings']['precision'] == 'fp32'
+        assert settings['images']['mode'] == 'train'
+        assert settings['images']['number'] == 12 and settings['box_epsilon'] == 0.001
+        assert set(entries[0]['environment']) == {'commit', 'device',
+                                                  'torch'} and entries[0]['settings']['precision'] == 'fp32'
         assert contents(runs / name) == before[name]
 
 
 def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, monkeypatch, capsys, tmp_path):
     shutil.copytree(runs / 'plain', tmp_path / 'plain')
-    command, path = f'{tmp_path}/plain/checkpoint.pth.tar {SHORT.split("--draws")[0]} ', tmp_path / 'plain/checkpoint-sharpness.json'
+    command = f'{tmp_path}/plain/checkpoint.pth.tar {SHORT.split("--draws")[0]} '
+    path = tmp_path / 'plain/checkpoint-sharpness.json'
     call(monkeypatch, sharp, command + '--box-iterations 2')
     first, printed = path.read_bytes(), capsys.readouterr().out
     with monkeypatch.context() as patch:
@@ -277,7 +291,8 @@ def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, 
     assert entries[:2] == json.loads(first) and [entry['measure'] for entry in entries] == ['loss', 'box', 'box']
     assert entries[2]['result']['sharpness'] > entries[1]['result']['sharpness']
     call(monkeypatch, sharp, command + '--box-iterations 2 --mode test')  # on other images all is new
-    assert [entry['settings']['images']['mode'] for entry in json.loads(path.read_text())] == ['train'] * 3 + ['test'] * 2
+    assert [entry['settings']['images']['mode'] for entry
+            in json.loads(path.read_text())] == ['train'] * 3 + ['test'] * 2
 
 
 def test_what_is_broken_off_keeps_what_was_measured(runs, monkeypatch, tmp_path):
@@ -288,14 +303,16 @@ def test_what_is_broken_off_keeps_what_was_measured(runs, monkeypatch, tmp_path)
     with pytest.raises(Stopped) as stop:
         call(monkeypatch, sharp, f'{runs}/plain/checkpoint.pth.tar --noise --trace --images 20 --draws 1 -o {tmp_path}')
     path = tmp_path / 'plain-checkpoint-sharpness.json'
-    assert [entry['measure'] for entry in json.loads(path.read_text())] == ['loss', 'noise'] and 'goes on' in stop.value.sentence
+    assert [entry['measure'] for entry in json.loads(path.read_text())] == ['loss', 'noise']
+    assert 'goes on' in stop.value.sentence
 
 
 def test_float64_and_as_augmented_as_in_training(runs, monkeypatch, tmp_path):
     results = {}
     for flags in ('', '--precision fp64', '--no-augment', '--manualSeed 1', '--mode test'):
         out = tmp_path / (flags or 'plain').replace(' ', '')
-        call(monkeypatch, sharp, f'{runs}/plain/checkpoint.pth.tar --noise --ss 0 --draws 1 --images 100 {flags} -o {out}')
+        call(monkeypatch, sharp, f'{runs}/plain/checkpoint.pth.tar --noise --ss 0 --draws 1 --images 100 {flags} -o '
+                                 f'{out}')
         results[flags] = json.loads((out / 'plain-checkpoint-sharpness.json').read_text())[0]['result']['Loss']
     assert results['--precision fp64'] == pytest.approx(results[''], rel=1e-5)
     assert len({round(value, 6) for value in results.values()}) == 4
@@ -305,7 +322,8 @@ def test_float64_and_as_augmented_as_in_training(runs, monkeypatch, tmp_path):
     ('', 'a checkpoint is required: FILE'),
     ('{}/plain/checkpoint.pth.tar nowhere.pth.tar', 'there is no checkpoint nowhere.pth.tar'),
     ('{}/plain/checkpoint.pth.tar {}/plain/../plain/checkpoint.pth.tar', 'a checkpoint is named twice'),
-    ('{}/plain/checkpoint.pth.tar {}/copy/plain/checkpoint.pth.tar -o there', 'would have the same names in --out there'),
+    ('{}/plain/checkpoint.pth.tar {}/copy/plain/checkpoint.pth.tar -o '
+     'there', 'would have the same names in --out there'),
     ('{}/plain/checkpoint.pth.tar -j 3', '--workers is for --dataset folder'),
     ('{}/plain/checkpoint.pth.tar --times 3', '--times repeats the draw of a random manifold'),
     ('{}/plain/checkpoint.pth.tar --draws 3', '--draws is used by --noise, which is not asked for'),
@@ -313,7 +331,8 @@ def test_float64_and_as_augmented_as_in_training(runs, monkeypatch, tmp_path):
     ('{}/plain/checkpoint.pth.tar --ball --ball-epsilon 0', 'must be a number above 0'),
     ('{}/plain/checkpoint.pth.tar --noise --ss -1', 'must be a number of at least 0'),
     ('{}/plain/checkpoint.pth.tar --mode val', '--mode val needs a run with --val-split'),
-    ('{}/plain/checkpoint.pth.tar -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not a folder'),
+    ('{}/plain/checkpoint.pth.tar -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not '
+                                                     'a folder'),
     ('{}/plain/checkpoint.pth.tar --arch vgg16', 'holds the architecture resnet, but --arch vgg16 was given'),
     ('{}/plain/checkpoint.pth.tar -o {out}', 'is not what this script writes'),
 ])

@@ -7,7 +7,8 @@ import shutil
 import warnings
 from fractions import Fraction
 
-import matplotlib.figure  # noqa: F401, before warnings become errors: old ones use what new ones of other libraries deprecate
+# Before warnings become errors: old versions use what new ones of other libraries deprecate.
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,8 @@ def calibration_by_loop(probabilities, targets, bins):
     """Guo et al., equation 3: sum over bins of |B| / n |accuracy - confidence|, where bin m is ((m - 1) / M, m / M]."""
     error = 0.0
     for m in range(1, bins + 1):
-        inside = [(max(row), row.index(max(row)) == target) for row, target in zip(probabilities.tolist(), targets.tolist())
+        inside = [(max(row), row.index(max(row)) == target) for row, target
+                  in zip(probabilities.tolist(), targets.tolist())
                   if Fraction(m - 1, bins) < Fraction(max(row)) <= Fraction(m, bins)]
         if inside:
             accuracy = sum(correct for _, correct in inside) / len(inside)
@@ -94,12 +96,15 @@ def test_a_class_without_images_has_no_accuracy_and_one_never_predicted_has_0():
 @pytest.mark.filterwarnings('ignore:A single label')
 def test_a_single_class_is_always_right():
     values, matrix = metrics.of_classes(np.ones((5, 1), dtype=np.float32), np.zeros(5, dtype=int))
-    assert values == {'balanced accuracy': 100, 'calibration error': 0, 'class accuracy': [100]} and matrix.tolist() == [[5]]
+    assert values == {'balanced accuracy': 100, 'calibration error': 0,
+                      'class accuracy': [100]} and matrix.tolist() == [[5]]
 
 
 @pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('values, expected', [([1.5], (1.5, None)), ([1, 3], (2, 2 ** 0.5)), ([math.inf, 1.0], (math.inf, math.nan)),
-                                              ([math.nan, 1], (math.nan, math.nan)), ([math.inf, math.inf], (math.inf, math.nan))])
+@pytest.mark.parametrize('values, expected', [([1.5], (1.5, None)), ([1, 3], (2, 2 ** 0.5)),
+                                              ([math.inf, 1.0], (math.inf, math.nan)),
+                                              ([math.nan, 1], (math.nan, math.nan)),
+                                              ([math.inf, math.inf], (math.inf, math.nan))])
 def test_spread(values, expected):
     np.testing.assert_equal(metrics.spread(values), expected)
 
@@ -139,7 +144,8 @@ def test_predictions_count_what_a_meter_counts_and_keep_all(in_a_tuple, classes)
     for logits, targets in batches:
         for counter in (meter, predictions):
             counter.update((logits, None) if in_a_tuple else logits, targets, cross_entropy(logits, targets))
-    assert predictions.read() == meter.read() and set(meter.read()) == {'Loss', 'Top-1'} | ({'Top-5'} if classes > 5 else set())
+    assert predictions.read() == meter.read() and set(meter.read()) == {'Loss',
+                                                                        'Top-1'} | ({'Top-5'} if classes > 5 else set())
     probabilities, targets = predictions.of_all_images()
     assert probabilities.dtype == np.float32 and probabilities.shape == (19, classes) and targets.shape == (19,)
     assert targets.tolist() == [target for _, labels in batches for target in labels.tolist()]
@@ -227,7 +233,8 @@ def test_it_measures_what_the_run_reported_and_leaves_the_run_as_it_is(name, fil
     before, result = contents(folder), result_of(folder)
     seen = evaluated(f'{folder}/{file}.pth.tar')
     after = contents(folder)
-    assert {name: after.pop(f'{file}-test-confusion.{name}')[:4] for name in ('csv', 'png')} == {'csv': b'true', 'png': PNG[:4]}
+    assert {name: after.pop(f'{file}-test-confusion.{name}')[:4] for name
+            in ('csv', 'png')} == {'csv': b'true', 'png': PNG[:4]}
     assert after == before
     for name, value in (seen['measured'] | seen['by class']).items():
         assert value == result[f'test {name.lower()}'], name
@@ -246,7 +253,8 @@ def test_on_the_validation_images_it_measures_what_the_log_says(runs, evaluated,
     assert seen['measured']['Top-1'] == best['top1']
     assert seen['measured']['Loss'] == pytest.approx(log['Val Loss'][best['epoch'] - 1], rel=1e-5)
     last = evaluated(f'{runs}/conditioned/checkpoint.pth.tar --mode val -o {tmp_path}')
-    assert last['measured']['Loss'] == pytest.approx(log['Val Loss'][2], rel=1e-5) and 'of epoch 3 | val loss' in last['printed']
+    assert last['measured']['Loss'] == pytest.approx(log['Val Loss'][2],
+                                                     rel=1e-5) and 'of epoch 3 | val loss' in last['printed']
 
 
 def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, evaluated, tmp_path):
@@ -272,7 +280,8 @@ def test_the_training_images_are_augmented_as_in_training_and_always_the_same(ru
     holes = (inputs[0] == 0).all(dim=1).sum(dim=(1, 2))  # the mean colour, where 4 x 4 pixels were cut out
     assert (holes > 0).all() and not (inputs[3] == 0).all(dim=1).any()
     few = evaluated(f'{run} --no-augment --images 20')
-    assert len(few['batches'].labels) == 20 and len(evaluated(f'{run} --images 9999')['batches'].labels) == len(plain['batches'].labels)
+    assert len(few['batches'].labels) == 20
+    assert len(evaluated(f'{run} --images 9999')['batches'].labels) == len(plain['batches'].labels)
 
 
 def test_older_spellings_of_evaluate(runs, evaluated, tmp_path):
@@ -299,7 +308,8 @@ def test_under_noise_mean_and_deviation_over_draws(flags, runs, monkeypatch, cap
     run = f'{runs}/plain/checkpoint.pth.tar -o {tmp_path}'
     call(monkeypatch, evaluate, f'{run} --ss 0.05 --draws 4 {flags}')
     line = re.search('under noise  ss 0.05 .*', capsys.readouterr().out)[0]
-    assert len(set(losses)) == 4 and f'loss {np.mean(losses):.4f} +- {np.std(losses, ddof=1):.4f} top-1 {np.mean(tops):.2f} +- ' in line
+    assert len(set(losses)) == 4
+    assert f'loss {np.mean(losses):.4f} +- {np.std(losses, ddof=1):.4f} top-1 {np.mean(tops):.2f} +- ' in line
     call(monkeypatch, evaluate, f'{run} --ss 0.05 --draws 4 {flags}')
     assert line in capsys.readouterr().out  # the same draws again
 
@@ -338,8 +348,10 @@ def test_an_attack_on_images_that_the_model_transforms_is_refused(runs, monkeypa
 def test_the_confusion_matrix_goes_where_it_is_told(runs, evaluated, monkeypatch, tmp_path):
     before = contents(runs / 'plain')
     seen = evaluated(f'{runs}/plain/checkpoint.pth.tar -o {tmp_path}/new/folder')
-    assert sorted(os.listdir(tmp_path / 'new/folder')) == ['plain-checkpoint-test-confusion.csv', 'plain-checkpoint-test-confusion.png']
-    assert contents(runs / 'plain') == before and f'{tmp_path}/new/folder/plain-checkpoint-test-confusion.png' in seen['printed']
+    assert sorted(os.listdir(tmp_path / 'new/folder')) == ['plain-checkpoint-test-confusion.csv',
+                                                           'plain-checkpoint-test-confusion.png']
+    assert contents(runs / 'plain') == before
+    assert f'{tmp_path}/new/folder/plain-checkpoint-test-confusion.png' in seen['printed']
     shutil.copy(runs / 'plain/checkpoint.pth.tar', tmp_path)
     monkeypatch.chdir(tmp_path)
     evaluated('checkpoint.pth.tar --mode train')
@@ -366,8 +378,10 @@ def test_flags_stand_in_for_those_of_the_run(runs, evaluated, monkeypatch, tmp_p
     ('{}/plain/checkpoint.pth.tar --mode training', "invalid choice: 'training'"),
     ('{}/plain/checkpoint.pth.tar --lr 0.1', 'unrecognized arguments: --lr 0.1'),
     ('{}/plain/checkpoint.pth.tar --test-batch 0', 'of at least 1'),
-    ('{}/plain/checkpoint.pth.tar {}/plain/checkpoint.pth.tar', 'at most 1 checkpoint can be looked at here, and 2 were given'),
-    ('{}/plain/checkpoint.pth.tar -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not a folder'),
+    ('{}/plain/checkpoint.pth.tar {}/plain/checkpoint.pth.tar', 'at most 1 checkpoint can be looked at here, and 2 '
+                                                                'were given'),
+    ('{}/plain/checkpoint.pth.tar -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not '
+                                                     'a folder'),
     ('{}/plain/checkpoint.pth.tar --model resnet', 'holds the architecture lenet, but --arch resnet was given'),
     ('{}/plain/checkpoint.pth.tar --no-augment', '--no-augment changes nothing about --mode test'),
     ('{}/plain/checkpoint.pth.tar --draws 3', '--draws is not used without --ss'),
@@ -398,5 +412,6 @@ def test_other_classes_are_refused(runs, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, 'load', lambda *args: load(*args)._replace(classes=list('abcdefghij')))
     for mode in ('test', 'train'):
         with pytest.raises(UserError, match='knows the classes 0 1 2 .* but fashion-mnist has a b c'):
-            call(monkeypatch, evaluate, f'{runs}/plain/checkpoint.pth.tar --mode {mode} -d fashion-mnist -o {tmp_path}/new')
+            call(monkeypatch, evaluate, f'{runs}/plain/checkpoint.pth.tar --mode {mode} -d fashion-mnist -o '
+                                        f'{tmp_path}/new')
     assert not (tmp_path / 'new').exists()

@@ -37,7 +37,8 @@ class Stripes(Dataset):
     def __getitem__(self, index):
         label, pixels = index % 4, self.noise[index].copy()
         if label < 3:
-            pixels[[slice(0, 9), slice(None), slice(12, 20)][label], [slice(None), slice(0, 9), slice(None)][label]] += 180
+            whole = slice(None)
+            pixels[[slice(0, 9), whole, slice(12, 20)][label], [whole, slice(0, 9), whole][label]] += 180
         return {'pil': lambda: Image.fromarray(pixels), 'array': lambda: pixels,
                 'tensor': lambda: torch.from_numpy(pixels).permute(2, 0, 1),
                 'float': lambda: torch.from_numpy(pixels).permute(2, 0, 1) / 255}[self.kind](), torch.tensor(label)
@@ -120,7 +121,8 @@ def test_sizes_channels_and_classes():
 
     image, label = own_dataset._item(Grey(), 2, 32)
     assert image.size == (32, 32) and label == 2 and set(np.unique(np.asarray(image))) == {20}
-    assert own_dataset._as_pil(torch.zeros(3, 5, 3, dtype=torch.uint8)).size == (3, 5)  # a tensor has its channels first
+    # a tensor has its channels first
+    assert own_dataset._as_pil(torch.zeros(3, 5, 3, dtype=torch.uint8)).size == (3, 5)
     assert own_dataset._as_pil(np.zeros((3, 5, 3), dtype=np.uint8)).size == (5, 3)  # an array last
 
 
@@ -182,8 +184,10 @@ def test_a_run_that_reads_with_workers(flags, lazy, monkeypatch):
 
 
 @pytest.mark.parametrize('name, sentence', [
-    ('nowhere:Stripes', "cannot be imported .ModuleNotFoundError: No module named 'nowhere'.; it means Stripes in nowhere.py"),
-    ('stripes:Nothing', 'cannot be imported .AttributeError'), ('stripes:Empty', 'is empty; it needs at least one image'),
+    ('nowhere:Stripes', "cannot be imported .ModuleNotFoundError: No module named 'nowhere'.; it means Stripes in "
+                        "nowhere.py"),
+    ('stripes:Nothing', 'cannot be imported .AttributeError'),
+    ('stripes:Empty', 'is empty; it needs at least one image'),
     ('stripes:NeitherTrainNorSplit', 'must have a parameter train .* it has root'),
     ('stripes:Broken', "image 5: a pair .* there was KeyError: 'no image 5'"),
     ('stripes:Floats', 'must be uint8, or float from 0 to 1, was given float64 from 2.5 to 2.5'),

@@ -90,7 +90,8 @@ def test_a_step_size_is_steplr(epochs, size):
 
 
 @pytest.mark.parametrize('flags, factor', [
-    ('', 1), ('--train-batch 512', 1), ('--train-batch 512 --lr-scaling none', 1), ('--train-batch 512 --lr-scaling sqrt', 2),
+    ('', 1), ('--train-batch 512', 1), ('--train-batch 512 --lr-scaling none', 1),
+    ('--train-batch 512 --lr-scaling sqrt', 2),
     ('--train-batch 512 --lr-scaling linear', 4), ('--train-batch 32 --lr-scaling sqrt', 0.5),
     ('--train-batch 32 --lr-scaling linear', 0.25), ('--batch-multiplier 4 --lr-scaling linear', 4),
     ('--train-batch 256 --batch-multiplier 2 --lr-scaling sqrt', 2),
@@ -107,7 +108,8 @@ def test_the_learning_rate_is_scaled_with_the_batch(flags, factor, rate):
 
 def test_the_rates_of_a_regime_are_scaled_too():
     regime = {0: {'lr': 0.1}, 2: {'lr': 0.03}}
-    assert all_rates(settle('--epochs 3 --train-batch 512 --lr-scaling sqrt', regime), 1) == pytest.approx([0.2, 0.2, 0.06])
+    assert all_rates(settle('--epochs 3 --train-batch 512 --lr-scaling sqrt', regime),
+                     1) == pytest.approx([0.2, 0.2, 0.06])
 
 
 @settings(deadline=None, max_examples=80)
@@ -115,9 +117,11 @@ def test_the_rates_of_a_regime_are_scaled_too():
 @example(epochs=1, batch=1, multiplier=1, base=500)
 @example(epochs=120, batch=100, multiplier=1, base=96)  # as floating-point numbers 120 (100 / 96) is more than 125
 def test_epoch_scaling_keeps_the_number_of_steps(epochs, batch, multiplier, base):
-    args = settle(f'--epochs {epochs} --train-batch {batch} --batch-multiplier {multiplier} --base-batch {base} --epoch-scaling')
+    args = settle(f'--epochs {epochs} --train-batch {batch} --batch-multiplier {multiplier} --base-batch {base} '
+                  '--epoch-scaling')
     stretch = Fraction(batch * multiplier, base)
-    # With batch * multiplier * base images, batches of both kinds are whole, and there are `base` large ones in an epoch.
+    # With batch * multiplier * base images, batches of both kinds are whole, and there are `base` large ones in an
+    # epoch.
     wanted, steps = epochs * batch * multiplier, args.epochs * base
     assert wanted <= steps < wanted + base and args.epochs >= 1
     milestones = sorted({epochs // 2, epochs * 3 // 4} - {0})
@@ -125,7 +129,8 @@ def test_epoch_scaling_keeps_the_number_of_steps(epochs, batch, multiplier, base
     assert len(args.regime) == args.epochs and args.lr == 0.1
 
 
-@pytest.mark.parametrize('flags', ['--schedule 2 5', '--lr-step-size 2', '--schedule 3 --warmup 2', '--lr-schedule cosine',
+@pytest.mark.parametrize('flags', ['--schedule 2 5', '--lr-step-size 2', '--schedule 3 --warmup 2',
+                                   '--lr-schedule cosine',
                                    '--lr-schedule cosine --warmup 1.5', '--lr-schedule onecycle'])
 @pytest.mark.parametrize('factor', [2, 3])
 def test_with_epoch_scaling_every_step_has_the_rate_that_it_has_with_the_small_batch(flags, factor):
@@ -142,7 +147,8 @@ def test_epoch_scaling_makes_a_regime_as_many_steps_long():
         large = settle(f'--epochs 4 --train-batch {batch} --base-batch {base} --epoch-scaling', regime)
         assert large.regime == [now for now in small.regime for _ in range(batch // base)]
     half = settle('--epochs 4 --train-batch 64 --epoch-scaling', regime)
-    assert [now['lr'] for now in half.regime] == [0.1, 0.2] and [now['weight_decay'] for now in half.regime] == [0.01, 0.01]
+    assert [now['lr'] for now in half.regime] == [0.1, 0.2] and [now['weight_decay'] for now
+                                                                 in half.regime] == [0.01, 0.01]
     uneven = settle('--epochs 4 --train-batch 192 --epoch-scaling', regime)  # 1 begins at 1.5, and 3 at 4.5
     assert [now['lr'] for now in uneven.regime] == [0.1, 0.1, 0.2, 0.2, 0.2, 0.2]
     assert [now['weight_decay'] for now in uneven.regime] == [0.01] * 5 + [0.02]
@@ -220,7 +226,8 @@ def test_a_regime_is_used_where_no_flag_says_otherwise():
     ('--optimizer SGD', {'lr': [0.1, 0.1, 0.01, 0.001]}),
     ('--optimizer RMSprop', {'lr': [0.001, 0.001, 0.0001, 0.00001]}),
     ('--optimizer Adam', {'lr': [0.001, 0.001, 0.0001, 0.00001], 'momentum': [None] * 4}),
-    ('--optimizer AdamW --lr 0.3 --wd 0.1', {'lr': [0.3, 0.3, 0.03, 0.003], 'momentum': [None] * 4, 'weight_decay': [0.1] * 4}),
+    ('--optimizer AdamW --lr 0.3 --wd 0.1', {'lr': [0.3, 0.3, 0.03, 0.003], 'momentum': [None] * 4,
+                                             'weight_decay': [0.1] * 4}),
 ])
 def test_flags_win_over_a_regime_one_by_one(flags, changed):
     args = settle(f'--epochs 4 {flags}', REGIME)
@@ -232,7 +239,8 @@ def test_flags_win_over_a_regime_one_by_one(flags, changed):
 
 @pytest.mark.parametrize('optimizer', ['Adam', 'AdamW', 'RMSprop', 'SGD'])
 def test_the_optimizer_is_that_of_the_regime(optimizer):
-    args = settle('--epochs 2', {0: {'optimizer': optimizer, 'lr': 0.03}, 1: {'optimizer': optimizer, 'weight_decay': 0.1}})
+    args = settle('--epochs 2', {0: {'optimizer': optimizer, 'lr': 0.03},
+                                 1: {'optimizer': optimizer, 'weight_decay': 0.1}})
     assert args.optimizer == optimizer
     momentum = {'SGD': 0.9, 'RMSprop': 0}.get(optimizer)
     assert columns(args) == {'lr': [0.03] * 2, 'momentum': [momentum] * 2, 'weight_decay': [5e-4, 0.1]}
@@ -263,7 +271,8 @@ def call(monkeypatch, flags):
 
 
 @pytest.mark.parametrize('regime, flags, sentence', [
-    ({0: {'optimizer': 'SGD'}, 2: {'optimizer': 'Adam'}}, '', 'asks for the optimizer SGD and then Adam, and a run has one of SGD'),
+    ({0: {'optimizer': 'SGD'}, 2: {'optimizer': 'Adam'}}, '', 'asks for the optimizer SGD and then Adam, and a run '
+                                                              'has one of SGD'),
     ({2: {'optimizer': 'RMSprop'}}, '', 'asks for the optimizer SGD and then RMSprop'),
     ({0: {'optimizer': 'LBFGS'}}, '', 'asks for the optimizer LBFGS, and a run has one of SGD, RMSprop, Adam, AdamW'),
     ({0: {'optimizer': 'adam'}}, '', 'choose it with --optimizer'),
@@ -313,7 +322,8 @@ def few(monkeypatch):
     ('shallow', '--epochs 240 --base-batch 960', [1e-3, 1e-2, 1e-3, 1e-4]),
     ('mlp', '--epochs 40 --base-batch 160', [1e-1, 1e-2, 1e-3, 1e-4]),
 ])
-def test_shallow_and_mlp_train_with_the_rates_they_were_published_with(arch, scaled, expected, few, monkeypatch, tmp_path):
+def test_shallow_and_mlp_train_with_the_rates_they_were_published_with(arch, scaled, expected, few, monkeypatch,
+                                                                       tmp_path):
     call(monkeypatch, f'-d digits -a {arch} --train-batch 16 --epoch-scaling {scaled} -c {tmp_path}')
     log = read_log(tmp_path / 'log.txt')
     assert log['Epoch'] == [1, 2, 3, 4] and log['Learning Rate'] == pytest.approx(expected)
@@ -397,12 +407,15 @@ def test_fewer_epochs_than_a_stretched_run_has_behind_it_are_refused(own, few, m
         call(monkeypatch, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
 
 
-@pytest.mark.parametrize('optimizer, state', [('Adam', 'exp_avg_sq'), ('AdamW', 'exp_avg_sq'), ('RMSprop', 'square_avg')])
+@pytest.mark.parametrize('optimizer, state', [('Adam', 'exp_avg_sq'), ('AdamW', 'exp_avg_sq'),
+                                              ('RMSprop', 'square_avg')])
 def test_other_optimizers_alone_and_inside_of_methods(optimizer, state, own, few, monkeypatch, tmp_path):
     own(None)
     results = {}
-    for name, flags in (('alone', ''), ('in amp, idle', '--method amp --inner-iter 0'), ('in amp', '--method amp --epsilon 0.1'),
-                        ('in smoothout, idle', '--method smoothout --ss 0'), ('in smoothout', '--method smoothout --ss 0.05')):
+    for name, flags in (('alone', ''), ('in amp, idle', '--method amp --inner-iter 0'),
+                        ('in amp', '--method amp --epsilon 0.1'),
+                        ('in smoothout, idle', '--method smoothout --ss 0'),
+                        ('in smoothout', '--method smoothout --ss 0.05')):
         folder = tmp_path / name.replace(' ', '-')
         run = '-d digits -a own --train-batch 16 --epochs 1 --manualSeed 3'
         call(monkeypatch, f'{run} --optimizer {optimizer} {flags} -c {folder}')
@@ -413,7 +426,8 @@ def test_other_optimizers_alone_and_inside_of_methods(optimizer, state, own, few
         assert (group['lr'], group['weight_decay']) == (0.001, 5e-4)
     weights = {name: result['state_dict']['head.weight'] for name, result in results.items()}
     assert not few and all(value.isfinite().all() for value in weights.values())
-    assert torch.equal(weights['alone'], weights['in amp, idle']) and torch.equal(weights['alone'], weights['in smoothout, idle'])
+    assert torch.equal(weights['alone'], weights['in amp, idle']) and torch.equal(weights['alone'],
+                                                                                  weights['in smoothout, idle'])
     assert len({tuple(value.flatten().tolist()) for value in weights.values()}) == 3
 
 

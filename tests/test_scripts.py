@@ -1,4 +1,6 @@
-"""The batch scripts: every command is one that cifar.py takes, and runs are skipped, resumed, reported and stopped as they should be."""
+"""The batch scripts: every command is one that cifar.py takes, and runs are skipped, resumed, reported and stopped as
+they should be.
+"""
 import json
 import os
 import pathlib
@@ -49,13 +51,15 @@ class Stage:
 
     def environment(self, **variables):
         clean = {name: value for name, value in os.environ.items() if name in ('PATH', 'HOME', 'TMPDIR')}
-        return {**clean, 'PYTHON': str(self.stub), 'RECORD': str(self.record), 'OUT': str(self.out), 'FAILING': '', 'SLEEPING': '',
+        return {**clean, 'PYTHON': str(self.stub), 'RECORD': str(self.record), 'OUT': str(self.out), 'FAILING': '',
+                'SLEEPING': '',
                 'STATUS': '1', **variables}
 
     def call(self, script, *flags, **variables):
         """(exit status and output, the commands of cifar.py that were started)"""
         self.record.write_text('')
-        result = subprocess.run([ROOT / 'scripts' / script, *flags], env=self.environment(**variables), cwd='/', text=True,
+        result = subprocess.run([ROOT / 'scripts' / script, *flags], env=self.environment(**variables), cwd='/',
+                                text=True,
                                 capture_output=True, timeout=120)
         return result, self.commands()
 
@@ -93,14 +97,16 @@ def test_every_command_is_understood_and_has_its_baseline(script, variables, sta
     several = {'dma_cifar.sh': 2, 'amp_cifar.sh': 3}.get(script, 1)
     assert datasets == (1 if variables else several) and len(commands) == 3 * RUNS[script] // several * datasets
     assert len({value(command, '--checkpoint') for command in commands}) == len(commands)
-    assert len({json.dumps([word for word in command if word != value(command, '--checkpoint')]) for command in commands}) == len(commands)
+    assert len({json.dumps([word for word in command if word != value(command, '--checkpoint')]) for command
+                in commands}) == len(commands)
     seeds = {seed: [command for command in commands if value(command, '--manualSeed') == seed] for seed in '123'}
     assert len({len(own) for own in seeds.values()}) == 1
 
     flags, settings = compare.Flags(), set()
     for command in seeds['1']:
         args = understood(command, monkeypatch)
-        assert args.precision == 'bf16' and command[-5:] == ['--precision', 'bf16', '--checkpoint', args.checkpoint, '--overwrite']
+        assert args.precision == 'bf16' and command[-5:] == ['--precision', 'bf16', '--checkpoint', args.checkpoint,
+                                                             '--overwrite']
         assert args.checkpoint.startswith(f'{stage.out}/') and args.checkpoint.endswith('/seed1')
         settings.add(frozenset(flags.setting({**vars(args), 'as given': args.inherited}).items()))
     assert len(settings) == len(seeds['1'])
@@ -110,15 +116,18 @@ def test_every_command_is_understood_and_has_its_baseline(script, variables, sta
 
 
 def test_the_default_folder_tells_data_and_epochs_apart(stage):
-    expected = {('all_methods.sh', ''): 'digits-15epochs', ('all_methods.sh', 'EPOCHS=2 DATASET=mnist'): 'mnist-2epochs',
+    expected = {('all_methods.sh', ''): 'digits-15epochs',
+                ('all_methods.sh', 'EPOCHS=2 DATASET=mnist'): 'mnist-2epochs',
                 ('dma_cifar.sh', 'ARCHS=vgg19_bn'): 'all-164to300epochs',
                 ('dma_cifar.sh', 'EPOCHS=9 DATASET=cifar100 ARCHS=vgg19_bn'): 'cifar100-9epochs',
                 ('amp_cifar.sh', 'ARCHS=wrn AUGMENT=plain'): 'all-200epochs'}
     for (script, variables), folder in expected.items():
         variables = dict(pair.split('=') for pair in variables.split())
-        result, commands = stage.call(script, OUT='', SEEDS='1', FAILING='*', **variables)  # so that the stub makes no folder there
+        # so that the stub makes no folder there
+        result, commands = stage.call(script, OUT='', SEEDS='1', FAILING='*', **variables)
         assert result.returncode == 1
-        assert {value(command, '--checkpoint').rsplit('/', 2)[0] for command in commands} == {f'checkpoints/{script[:-3]}/{folder}'}
+        assert {value(command, '--checkpoint').rsplit('/', 2)[0] for command
+                in commands} == {f'checkpoints/{script[:-3]}/{folder}'}
 
 
 @pytest.mark.parametrize('epochs, expected', [('164', ['81', '122']), ('328', ['162', '244']), ('2', ['1']), ('1', [])])
@@ -157,14 +166,16 @@ def test_finished_is_skipped_broken_off_is_resumed_and_debris_is_overwritten(sta
     assert [line for line in result.stdout.splitlines() if line] == [
         f'finished: {finished}', f'resumed: {broken}', f'run: {debris}', f'run: {empty}', f'table of {stage.out}']
     assert commands[0] == ['--resume', f'{broken}/checkpoint.pth.tar']
-    assert [command[-3:] for command in commands[1:]] == [['--checkpoint', str(folder), '--overwrite'] for folder in (debris, empty)]
+    assert [command[-3:] for command in commands[1:]] == [['--checkpoint', str(folder), '--overwrite'] for folder
+                                                          in (debris, empty)]
     result, commands = stage.call('all_methods.sh', **variables)
     assert result.returncode == 0 and not commands and result.stdout.count('finished: ') == 4
 
 
 @pytest.mark.parametrize('status', ['1', '2', '137'])
 def test_a_failing_run_is_listed_and_the_others_run(status, stage):
-    result, commands = stage.call('all_methods.sh', METHODS='none dma amp', SEEDS='1 2', FAILING='*/dma/*', STATUS=status)
+    result, commands = stage.call('all_methods.sh', METHODS='none dma amp', SEEDS='1 2', FAILING='*/dma/*',
+                                  STATUS=status)
     assert result.returncode == 1 and len(commands) == 6 and f'table of {stage.out}' in result.stdout
     failed = [f'{stage.out}/dma/seed{seed} (exit status {status})' for seed in (1, 2)]
     assert result.stderr.splitlines()[:2] == [f'failed: {line}' for line in failed]
@@ -181,10 +192,14 @@ def test_a_stopped_run_ends_the_script(status, stage):
 
 @pytest.mark.parametrize('signum, whole_group', [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_ends_the_run_and_the_script(signum, whole_group, stage):
-    """SIGTERM as `kill` sends it, to the script alone; SIGINT as Ctrl-C does, to all that was started from the terminal."""
-    script = subprocess.Popen([ROOT / 'scripts/all_methods.sh'], env=stage.environment(SLEEPING='*/dma/*', METHODS='none dma amp'),
+    """SIGTERM as `kill` sends it, to the script alone; SIGINT as Ctrl-C does, to all that was started from the
+    terminal.
+    """
+    script = subprocess.Popen([ROOT / 'scripts/all_methods.sh'],
+                              env=stage.environment(SLEEPING='*/dma/*', METHODS='none dma amp'),
                               stdout=subprocess.PIPE, text=True, start_new_session=True,
-                              # What begins in the background ignores SIGINT, and bash can then not heed it: so may these tests.
+                              # What begins in the background ignores SIGINT, and bash can then not heed it: so may
+                              # these tests.
                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(stage.out.parent / 'record.sleeping', script)
     (os.killpg if whole_group else os.kill)(script.pid, signum)
@@ -201,9 +216,11 @@ def wait_for(path, process):
 
 
 def test_a_real_script_that_is_killed_in_its_second_run_goes_on_to_its_table(tmp_path):
-    environment = {**os.environ, 'OUT': str(tmp_path), 'METHODS': 'none dma', 'SEEDS': '1', 'EPOCHS': '1', 'PYTHON': sys.executable}
+    environment = {**os.environ, 'OUT': str(tmp_path), 'METHODS': 'none dma', 'SEEDS': '1', 'EPOCHS': '1',
+                   'PYTHON': sys.executable}
     command = [ROOT / 'scripts/all_methods.sh', '--depth', '8', '--train-fraction', '0.3']
-    script = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True)
     wait_for(tmp_path / 'dma/seed1/checkpoint.pth.tar', script)
     script.terminate()
     output, _ = script.communicate(timeout=120)

@@ -21,20 +21,22 @@ from utils.logger import read_log
 HEADS, OPTIMIZERS = {'dma', 'lsoftmax'}, {'amp', 'smoothout'}
 PAIRS = [pair for pair in itertools.combinations(methods.METHODS, 2) if set(pair) not in (HEADS, OPTIMIZERS)]
 # Large Margin looks inside, SmoothOut's noise changes during training, and both are resumed too.
-FLAGS = {'large_margin': '--large-margin-layers input layer2 --top-k 2 --cross-entropy-weight 1', 'lsoftmax': '--margin 3 --beta 5',
+FLAGS = {'large_margin': '--large-margin-layers input layer2 --top-k 2 --cross-entropy-weight '
+                         '1', 'lsoftmax': '--margin 3 --beta 5',
          'amp': '--inner-iter 2 --epsilon 0.1', 'smoothout': '--smoothing-type tanh --adapt-type filter', 'dma': ''}
 
 
 def arguments(text):
     parser = cifar.make_parser()
-    args = parser.parse_args(f'--epochs 3 --lr-schedule cosine --lr 0.02 --warmup 0 --train-batch 8 --manualSeed 1 {text}'.split())
+    args = parser.parse_args('--epochs 3 --lr-schedule cosine --lr 0.02 --warmup 0 --train-batch 8 --manualSeed 1 '
+                             f'{text}'.split())
     methods.check_arguments(args, parser)
     schedule.fill_in(args, None, parser)
     return args
 
 
 def selected(names):
-    return f'--method {" ".join(names)} ' + ' '.join(FLAGS[name] for name in names)
+    return f'--method {" ".join(names)} ' + ' '.join(FLAGS.get(name, '') for name in names)
 
 
 class Run:
@@ -42,7 +44,8 @@ class Run:
 
     def __init__(self, args, arch='resnet', **network):
         generator = torch.Generator().manual_seed(0)
-        split = Split(torch.randint(256, (24, 32, 32, 3), dtype=torch.uint8, generator=generator), torch.arange(24) % 4, list('abcd'))
+        split = Split(torch.randint(256, (24, 32, 32, 3), dtype=torch.uint8, generator=generator), torch.arange(24) % 4,
+                      list('abcd'))
         torch.manual_seed(args.seed)
         self.args = args
         self.model = models.build(arch, 4, methods.build_head(args), **(network or {'depth': 8}))
@@ -57,7 +60,8 @@ class Run:
         return cifar.train(self.run, self.criterion, self.optimizer, epoch, self.args)
 
     def state(self):
-        return {'state_dict': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'random': checkpoint.random_state()}
+        return {'state_dict': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                'random': checkpoint.random_state()}
 
     def load(self, state):
         self.model.load_state_dict(state['state_dict'])
@@ -118,7 +122,8 @@ def test_a_whole_run_of_three_methods_resumed(few_digits, monkeypatch, tmp_path)
     monkeypatch.setattr('utils.run.Run.report', lambda *args: None)
     broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=1)
     call(monkeypatch, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
-    whole, parts = (torch.load(f'{tmp_path}/{name}/checkpoint.pth.tar', weights_only=True) for name in ('whole', 'parts'))
+    whole, parts = (torch.load(f'{tmp_path}/{name}/checkpoint.pth.tar', weights_only=True) for name
+                    in ('whole', 'parts'))
     assert_same(whole, parts)
     assert whole['state_dict']['head.beta'].item() == pytest.approx(100 * 0.99 ** 12, rel=1e-5)  # six steps an epoch
     assert read_log(f'{tmp_path}/parts/log.txt')['Epoch'] == [1, 2]
@@ -138,8 +143,10 @@ def test_a_compiled_network_trains_as_it_would_otherwise(names):
 
 # Parts of a batch
 
-@pytest.mark.parametrize('options, sizes', [('--mini-batch 4', [4, 4]), ('--batch-multiplier 3', [8, 8, 8]), ('--mini-batch 2 --batch-multiplier 2', [2] * 8),
-                                            ('--train-batch 20 --mini-batch 10', [10, 10]), ('--train-batch 20 --mini-batch 10', [4])])
+@pytest.mark.parametrize('options, sizes', [('--mini-batch 4', [4, 4]), ('--batch-multiplier 3', [8, 8, 8]),
+                                            ('--mini-batch 2 --batch-multiplier 2', [2] * 8),
+                                            ('--train-batch 20 --mini-batch 10', [10, 10]),
+                                            ('--train-batch 20 --mini-batch 10', [4])])
 def test_the_gradient_is_the_mean_over_images_of_parts_with_statistics_of_their_own(options, sizes):
     args = arguments(f'{options} --momentum 0 --wd 0 --lr 0.1 --lr-schedule step --schedule 2 ')
     run, by_hand = Run(args), Run(args)
@@ -162,9 +169,11 @@ def test_each_part_sees_noise_of_its_own_and_every_pass_of_a_step_counts_once():
     args = arguments('--method lsoftmax smoothout --ss 0.1 --mini-batch 2 --lr 0')
     run, seen = Run(args), []
     clean = [p.clone() for p in run.model.parameters()]
-    run.model.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(run.model.conv1.weight.detach().clone()))
+    run.model.layer1.register_forward_pre_hook(lambda module,
+                                               inputs: seen.append(run.model.conv1.weight.detach().clone()))
     run.train(0)
-    assert len(seen) == 12 and all(not torch.equal(a, b) for a, b in itertools.combinations([*seen, run.model.conv1.weight], 2))
+    assert len(seen) == 12 and all(not torch.equal(a, b) for a, b
+                                   in itertools.combinations([*seen, run.model.conv1.weight], 2))
     assert run.optimizer.steps == 3 and run.model.head.beta.item() == pytest.approx(100 * 0.99 ** 3)
     assert all(torch.equal(a, b) for a, b in zip(clean, run.model.parameters()))
 
@@ -213,10 +222,10 @@ SMALL = {'resnext': {'cardinality': 2, 'widen_factor': 1, 'depth': 11}, 'wrn': {
 
 @pytest.mark.parametrize('arch', models.MODELS)
 def test_large_margin_at_the_input_and_inside_of_every_architecture(arch):
-    layers = HIDDEN.get(arch, 'layer2')
-    args = arguments(f'--method large_margin --large-margin-layers input {layers} head')
     torch.manual_seed(0)
     model = models.build(arch, 4, **SMALL.get(arch, {}))
+    layers = HIDDEN.get(arch, 'layer2' if hasattr(model, 'layer2') else 'features')
+    args = arguments(f'--method large_margin --large-margin-layers input {layers} head')
     loss = methods.build_criterion(args, model)(model(torch.randn(3, 3, 32, 32), torch.arange(3)), torch.arange(3))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters()) and loss.isfinite()
@@ -238,9 +247,11 @@ def test_activations_are_those_of_the_newest_pass_with_gradients():
         layers.read()  # not kept for a second time
 
 
-@pytest.mark.parametrize('names, message', [(['layer9'], "no layer 'layer9' .* input conv1 bn1 layer1 layer1.0"), ([''], "no layer '' in"),
+@pytest.mark.parametrize('names, message', [(['layer9'], "no layer 'layer9' .* input conv1 bn1 layer1 layer1.0"),
+                                            ([''], "no layer '' in"),
                                             (['layer1', 'layer1'], 'named twice in layer1 layer1'),
-                                            (['bn1'], 'overwrites its output in place'), (['layer1.0.bn2'], 'overwrites')])
+                                            (['bn1'], 'overwrites its output in place'),
+                                            (['layer1.0.bn2'], 'overwrites')])
 def test_layers_that_cannot_be_used(names, message):
     with pytest.raises(ValueError, match=message):
         model = models.build('resnet', 4, depth=8)
@@ -255,13 +266,15 @@ def test_large_margin_takes_the_place_of_the_cross_entropy(flags, weight):
     model, targets = models.build('resnet', 4, depth=8), torch.arange(3)
     criterion = methods.build_criterion(args, model)
     logits = model(torch.randn(3, 3, 32, 32), targets)
-    expected = LargeMarginLoss(gamma=1.0)(logits, targets, [logits]) + weight * nn.functional.cross_entropy(logits, targets)
+    expected = LargeMarginLoss(gamma=1.0)(logits, targets,
+                                          [logits]) + weight * nn.functional.cross_entropy(logits, targets)
     torch.testing.assert_close(criterion(logits, targets), expected)
 
 
 def test_all_layers_come_from_one_backward_pass_per_class(monkeypatch):
     calls, grad = [], torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, 'grad', lambda *args, **options: calls.append(len(args[1])) or grad(*args, **options))
+    monkeypatch.setattr(torch.autograd, 'grad', lambda *args, **options: calls.append(len(args[1]))
+                        or grad(*args, **options))
     run = Run(arguments('--method large_margin --large-margin-layers input layer1 layer2 --top-k 2 --train-batch 24'))
     run.train(0)
     assert calls == [3, 3]
@@ -285,10 +298,12 @@ def test_every_flag_of_a_method_is_in_its_group_and_refused_without_the_method(n
 @pytest.mark.parametrize('flags, expected', [
     ('--method lsoftmax --margin 2 --beta 50', {'margin': 2, 'beta': 50}),
     ('--method amp --epsilon 0.1 --inner-lr 0.5 --inner-iter 3', {'epsilon': 0.1, 'inner_lr': 0.5, 'inner_iter': 3}),
-    ('--method smoothout --sharpness-smoothing 0.1 --smoothing-type anneal --noise-type normal --adapt-type weight --anneal-index 0.5',
+    ('--method smoothout --sharpness-smoothing 0.1 --smoothing-type anneal --noise-type normal --adapt-type weight '
+     '--anneal-index 0.5',
      {'ss': 0.1, 'smoothing_type': 'anneal', 'noise_type': 'normal', 'adapt_type': 'weight', 'anneal_index': 0.5}),
     ('--method smoothout --ss 0.2 --smoothing-type tanh --tanh-scale 5', {'ss': 0.2, 'tanh_scale': 5}),
-    ('--method large_margin --coef 3 --gamma 0.2 --large-margin-gamma 4', {'large_margin_coef': 3, 'gamma': 0.2, 'large_margin_gamma': 4}),
+    ('--method large_margin --coef 3 --gamma 0.2 --large-margin-gamma '
+     '4', {'large_margin_coef': 3, 'gamma': 0.2, 'large_margin_gamma': 4}),
     ('--method dma amp --coef 3', {'dma_coef': 3}),
     ('--method dma large_margin --dma-coef 2 --large-margin-coef 3', {'dma_coef': 2, 'large_margin_coef': 3}),
 ])
@@ -304,20 +319,27 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method large_margin --compile', 'large_margin and --compile cannot combine'),
     ('--method dma large_margin --coef 1', 'dma and large_margin each do; use --dma-coef and --large-margin-coef'),
     ('--method amp --coef 1', '--method amp has none'), ('--margin 4', '--margin is a flag of --method lsoftmax'),
-    ('--method dma --epsilon 1', '--epsilon is a flag of --method amp'), ('--ss 1', '--ss is a flag of --method smoothout'),
+    ('--method dma --epsilon 1', '--epsilon is a flag of --method amp'),
+    ('--ss 1', '--ss is a flag of --method smoothout'),
     ('--method amp --top-k 2', '--top-k is a flag of --method large_margin'),
     ('--method smoothout --tanh-scale 5', '--tanh-scale belongs to --smoothing-type tanh, not constant'),
     ('--method smoothout --anneal-index 1', '--anneal-index belongs to --smoothing-type anneal'),
     ('--method smoothout --ss nan', 'ss must be a number of at least 0, was given nan'),
-    ('--method amp --epsilon -1', 'epsilon must be a number of at least 0'), ('--method amp --inner-iter -1', 'inner_iter must be'),
+    ('--method amp --epsilon -1', 'epsilon must be a number of at least 0'),
+    ('--method amp --inner-iter -1', 'inner_iter must be'),
     ('--method lsoftmax --margin 0', 'margin must be a whole number of at least 1, was given 0'),
-    ('--method lsoftmax --margin 1.5', "invalid int value: '1.5'"), ('--method lsoftmax --beta -1', 'beta and its floor must be'),
+    ('--method lsoftmax --margin 1.5', "invalid int value: '1.5'"),
+    ('--method lsoftmax --beta -1', 'beta and its floor must be'),
     ('--method large_margin --large-margin-coef -1', '--large-margin-coef must be a number of at least 0'),
-    ('--mini-batch 50', '--mini-batch 50 does not divide --train-batch, which is 128'), ('--mini-batch 256', 'does not divide'), ('--mini-batch 0', 'of at least 1'),
-    ('-d digits --batch-multiplier 12', '--train-batch 128 times --batch-multiplier 12 is larger than the training set of 1437'),
-    ('--method large_margin --large-margin-layers layer7', "there is no layer 'layer7' in this network, which has input conv1 bn1 layer1"),
+    ('--mini-batch 50', '--mini-batch 50 does not divide --train-batch, which is '
+                        '128'), ('--mini-batch 256', 'does not divide'), ('--mini-batch 0', 'of at least 1'),
+    ('-d digits --batch-multiplier 12', '--train-batch 128 times --batch-multiplier 12 is larger than the training '
+                                        'set of 1437'),
+    ('--method large_margin --large-margin-layers layer7', "there is no layer 'layer7' in this network, which has "
+                                                           "input conv1 bn1 layer1"),
     ('--method large_margin --large-margin-layers bn1', 'layer bn1 cannot be used'),
-    ('-d digits --method large_margin --top-k 10', 'top_k must be at most the number of other classes, 9, was given 10'),
+    ('-d digits --method large_margin --top-k 10', 'top_k must be at most the number of other classes, 9, was given '
+                                                   '10'),
     ('--method large_margin --large-margin-gamma 0', 'gamma and alpha must be numbers above 0'),
     ('--method large_margin --aggregate sum', '--aggregate does nothing with --top-k 1'),
     ('--method amp --inner-iter 0 --epsilon 1', '--epsilon does nothing with --inner-iter 0'),

@@ -27,7 +27,8 @@ def parser():
     return result
 
 
-@pytest.mark.parametrize('words', ['--train-batch 5', '--train_batch 5', '--train_batch=5', '--Train-Batch 5', '--trainbatch=5'])
+@pytest.mark.parametrize('words', ['--train-batch 5', '--train_batch 5', '--train_batch=5', '--Train-Batch 5',
+                                   '--trainbatch=5'])
 def test_spelling_variants(words):
     args = parser().parse_args(words.split())
     assert args.train_batch == 5 and args.given == {'train_batch'}
@@ -35,7 +36,8 @@ def test_spelling_variants(words):
 
 def test_given_is_what_the_command_line_set_even_to_the_default():
     args = parser().parse_args('--lr 0.1 --nesterov --manual_seed 3'.split())
-    assert args.given == {'lr', 'nesterov', 'seed'} and args.train_batch == 128 and args.arch == 'resnet' and args.seed == 3
+    assert args.given == {'lr', 'nesterov', 'seed'}
+    assert args.train_batch == 128 and args.arch == 'resnet' and args.seed == 3
     assert parser().parse_args([]).given == set()
 
 
@@ -54,8 +56,10 @@ def test_inherited_values_must_be_among_the_choices(capsys):
 
 
 @pytest.mark.parametrize('words, sentence', [
-    ('--lr -0.1', 'must be a number of at least 0, was given -0.1'), ('--lr nan', 'was given nan'), ('--lr inf', 'was given inf'),
-    ('--lr abc', 'was given abc'), ('--train-batch 0', 'must be a whole number of at least 1'), ('--train-batch 1.5', '1.5'),
+    ('--lr -0.1', 'must be a number of at least 0, was given -0.1'), ('--lr nan', 'was given nan'),
+    ('--lr inf', 'was given inf'),
+    ('--lr abc', 'was given abc'), ('--train-batch 0', 'must be a whole number of at least 1'),
+    ('--train-batch 1.5', '1.5'),
     ('--unknown 3', '--unknown'), ('--ar vgg', '--ar'),
 ])
 def test_errors_are_one_sentence(words, sentence, capsys):
@@ -143,7 +147,8 @@ def test_a_percent_sign_in_title_or_meter_is_shown_as_it_is():
     with ProgressLine('50% of it', 2, unit='draw', file=file) as bar:
         bar.interval = 0
         assert bar.advance('top-1 12.5% so far %(index)d')
-    assert '50% of it' in file.getvalue() and '1/2 | draw 0.0' in file.getvalue() and 'top-1 12.5% so far %(index)d' in file.getvalue()
+    assert '50% of it' in file.getvalue() and '1/2 | draw 0.0' in file.getvalue()
+    assert 'top-1 12.5% so far %(index)d' in file.getvalue()
 
 
 # Log
@@ -157,7 +162,8 @@ def test_log_is_appended_after_resuming_without_a_second_header(tmp_path):
         file.write('4\t0.5')  # a process killed while it wrote
     log = Logger(path, columns, read_rows(path, columns, epochs=2))
     log.append([3, 1e-9, 2.0])
-    assert (tmp_path / 'log.txt').read_text() == 'Epoch\tTrain Loss\tSeconds\n1\t0.142857\t1\n2\t0.285714\t1\n3\t1e-09\t2\n'
+    rows = '1\t0.142857\t1\n2\t0.285714\t1\n3\t1e-09\t2\n'
+    assert (tmp_path / 'log.txt').read_text() == 'Epoch\tTrain Loss\tSeconds\n' + rows
     assert read_log(path) == {'Epoch': [1, 2, 3], 'Train Loss': [0.142857, 0.285714, 1e-9], 'Seconds': [1, 1, 2]}
     assert read_rows(str(tmp_path / 'none'), columns, 3) == read_rows(None, columns, 3) == []
     with pytest.raises(UserError, match='columns'):
@@ -192,7 +198,8 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path):
 
 
 def state():
-    return {**{name: kind() for name, kind in checkpoint.CONTENTS.items()}, 'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
+    return {**{name: kind() for name, kind in checkpoint.CONTENTS.items()},
+            'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
             'state_dict': torch.nn.Linear(2, 2).state_dict()}
 
 
@@ -201,7 +208,8 @@ class Evil:
         return os.system, ('touch executed',)
 
 
-@pytest.mark.parametrize('damage', ['missing', 'empty', 'text', 'wrong types', 'cut short', 'cut to its head', 'other dict', 'a tensor', 'code',
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'text', 'wrong types', 'cut short', 'cut to its head',
+                                    'other dict', 'a tensor', 'code',
                                     'a folder'])
 def test_what_is_not_a_checkpoint_is_refused_in_one_sentence_and_left_alone(damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -221,7 +229,8 @@ def test_what_is_not_a_checkpoint_is_refused_in_one_sentence_and_left_alone(dama
     elif damage == 'code':
         torch.save({**state(), 'args': Evil()}, path)
     else:
-        path.write_bytes({'empty': b'', 'text': b'hello\n' * 100, 'cut short': whole[:-50], 'cut to its head': whole[:300]}[damage])
+        path.write_bytes({'empty': b'', 'text': b'hello\n' * 100, 'cut short': whole[:-50],
+                          'cut to its head': whole[:300]}[damage])
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(UserError) as error:
         checkpoint.read(str(path))
@@ -239,7 +248,8 @@ def test_weights_of_another_network_are_refused():
     held, model = state(), torch.nn.Linear(2, 2)
     checkpoint.load_model(model, held, held['network'], 'x')
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), held['state_dict'].values()))
-    with pytest.raises(UserError, match='x holds depth 20, num_classes 10, but depth 56, num_classes 100 was asked for'):
+    with pytest.raises(UserError, match='x holds depth 20, num_classes 10, but depth 56, num_classes 100 was asked '
+                                        'for'):
         checkpoint.load_model(model, held, {'arch': 'resnet', 'depth': 56, 'num_classes': 100}, 'x')
     with pytest.raises(UserError, match='do not fit resnet'):
         checkpoint.load_model(torch.nn.Linear(3, 2), held, held['network'], 'x')
@@ -253,7 +263,8 @@ def test_the_optimizers_state_is_loaded_but_its_options_are_this_runs():
     checkpoint.load_optimizer(new, {'optimizer': old.state_dict()}, 'x')
     assert new.param_groups[0]['momentum'] == 0.5 and torch.equal(new.state[weight]['momentum_buffer'], torch.ones(2))
     with pytest.raises(UserError, match='optimizer state in x'):
-        checkpoint.load_optimizer(torch.optim.SGD([weight, torch.nn.Parameter(torch.ones(1))]), {'optimizer': old.state_dict()}, 'x')
+        checkpoint.load_optimizer(torch.optim.SGD([weight, torch.nn.Parameter(torch.ones(1))]),
+                                  {'optimizer': old.state_dict()}, 'x')
 
 
 def test_random_state_is_restored():

@@ -25,9 +25,8 @@ class Predictions(Meter):
 
     def of_all_images(self):
         """Probabilities (N, classes), float32, and targets (N,) of the images of all processes, NumPy arrays."""
-        own = [(probabilities.cpu().numpy(), targets.cpu().numpy()) for probabilities,
-               targets in zip(self.probabilities, self.targets)]
-        pairs = [pair for pairs in distributed.all_gather(own) for pair in pairs]
+        local = [(p.cpu().numpy(), targets.cpu().numpy()) for p, targets in zip(self.probabilities, self.targets)]
+        pairs = [pair for pairs in distributed.all_gather(local) for pair in pairs]
         return tuple(np.concatenate(arrays) for arrays in zip(*pairs))
 
 
@@ -68,9 +67,10 @@ def class_report(classes, values, at_most=20):
     words = [f'{name} {share:.2f}%' for share, name in ordered[:at_most]]
     width = max(map(len, words)) + 2
     lines = [''.join(word.ljust(width) for word in words[i:i + 5]).rstrip() for i in range(0, len(words), 5)]
+    worst = f', the {at_most} worst of {len(classes)}' if len(ordered) > at_most else ''
     return '\n'.join([f'balanced accuracy {values["balanced accuracy"]:.2f}% | calibration error '
                       f'{values["calibration error"]:.2f}% | '
-                      f'accuracy by class{f", the {at_most} worst of {len(classes)}" if len(ordered) > at_most else ""}:', *lines])
+                      f'accuracy by class{worst}:', *lines])
 
 
 def spread(values):
