@@ -11,7 +11,7 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
-# The largest networks see the fewest images; of lsoftmax_imbalanced.sh and smoothout_large_batch.sh a batch must be left.
+# The largest networks see the fewest images; lsoftmax_imbalanced.sh and smoothout_large_batch.sh need enough for a batch.
 scripts-check: .venv/installed
 	rm -rf checkpoints/scripts-check
 	$(call check,all_methods,--train-fraction 0.1)
