@@ -83,7 +83,7 @@ class Flags:
         return frozenset((name, value) for name, value in setting.items() if name not in self.of_methods)
 
     def typed(self, setting, names):
-        """Some flags of a setting as a person would type them; nothing for those that are off or left open."""
+        """Some flags of a setting as a person would type them; nothing for those that are off or not given."""
         words = []
         for name in names:
             value = setting.get(name)
@@ -250,7 +250,7 @@ def in_order(runs, flags):
     names = sorted(flags.names([one.setting for one in runs]), key=lambda name: name in flags.of_methods)
 
     def comparable(name, value):
-        """A flag left open comes first, then its choices in the order of --help, numbers by size, words by the
+        """A flag that is not given comes first, then its choices in the order of --help, numbers by size, words by the
         alphabet.
         """
         choices = flags.choices.get(name, [])

@@ -72,7 +72,7 @@ def parse_arguments():
                                                               'the same seed')
     group.add_argument('--perturb-batch-norm', action='store_true',
                        help='random directions move the BatchNorm parameters too')
-    group.add_argument('--update-bn', action='store_true', help='estimate BatchNorm statistics anew at each point, '
+    group.add_argument('--update-bn', action='store_true', help='estimate BatchNorm statistics again at each point, '
                                                                 'over the '
                        'training images; otherwise they are those of the checkpoint, or in between those of two')
     group.add_argument('--overwrite', action='store_true', help='replace an earlier scan')

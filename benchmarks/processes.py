@@ -4,7 +4,7 @@
     minutes on two cores python benchmarks/processes.py --processes 8 --image-size 224 --arch resnet50 --batch 512
     --images 20000 -- --precision bf16
 
-Each run trains one epoch on generated JPEG files of that size, read anew. Every process has one thread and one that
+Each run trains one epoch on generated JPEG files of that size. Every process has one thread and one that
 reads images; on CUDA, a device and --workers that read. The seconds are those of the training alone, as log.txt has
 them.
 """

@@ -129,8 +129,8 @@ def initialise(model, path):
         held = {f'backbone.{name}': value for name, value in held.items()}
     fitting = {name: value for name, value in held.items() if name in wanted and value.shape == wanted[name].shape}
     if not fitting:
-        raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and the network '
-                        'has '
+        raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and '
+                        'the network has '
                         f'{_listed(wanted)}')
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
@@ -215,16 +215,15 @@ def _check_auto(args, held, parser):
         if flags.meaning(name).resume not in (flags.FREE, flags.START):
             flag = parser.spelling(name)
             parser.error(f'--resume auto would resume the run in {os.path.dirname(args.resume)}, which has {flag} '
-                         f'{held[name]}, '
-                         f'not {getattr(args, name)}; give another --checkpoint, or --resume {args.resume} to change '
-                         'it')
+                         f'{held[name]}, not {getattr(args, name)}; give another --checkpoint, or --resume '
+                         f'{args.resume} to change it')
 
 
 def _check_flags(args, state, parser):
     """Refuse, on the command line of a resumed run, what would contradict the checkpoint."""
     if 'arch' in args.given and args.arch != state['network'].get('arch'):
-        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch {args.arch} '
-                        'was given')
+        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch '
+                        f'{args.arch} was given')
     for name in sorted(args.given):
         resume, flag = flags.meaning(name).resume, parser.spelling(name)
         if resume == flags.BEGIN:
@@ -318,10 +317,9 @@ def check_position(state, steps, args):
         held = len(state['meter']['losses']), state['args']['train_batch'] * state['args']['batch_multiplier']
         found = steps, args.train_batch * args.batch_multiplier
         if found != held:
-            raise UserError(f'{args.resume} is of the middle of an epoch of {held[0]} batches of {held[1]} images, '
-                            'and this run '
-                            f'has {found[0]} of {found[1]}; the data and --train-batch cannot change until the epoch '
-                            'is over')
+            raise UserError(f'{args.resume} is of the middle of an epoch of {held[0]} batches of {held[1]} images, and '
+                            f'this run has {found[0]} of {found[1]}; the data and --train-batch cannot change until '
+                            'the epoch is over')
 
 
 def check_epochs(state, args, parser):

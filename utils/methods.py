@@ -86,16 +86,14 @@ def check_arguments(args, parser):
             parser.error(f'{parser.spelling(unused[0])} is a flag of --method {name}, which is not selected')
         if name in args.method and args.compile and hasattr(module, 'layers'):
             parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what '
-                         'is '
-                         'compiled')
+                         'is compiled')
         for flag in sorted(getattr(module, 'FIRST_VALUES', set()) & args.given if args.resume else ()):
             parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its '
                          'checkpoint')
         mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
         if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
             parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a '
-                         'mixed '
-                         'image has two')
+                         'mixed image has two')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:

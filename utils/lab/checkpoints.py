@@ -34,7 +34,7 @@ def add_arguments(parser, modes, default_modes, precision=None):
     """
     parser.add_argument('files', metavar='FILE', nargs='*', help='a checkpoint')
     parser.add_argument('--evaluate', metavar='FILE', help='the same as FILE')
-    group = parser.add_argument_group('images; what is left open is that of the run')
+    group = parser.add_argument_group('images; the defaults are those of the run')
     group.add_argument('--mode', nargs=modes, choices=('test', 'train', 'val'), default=default_modes,
                        help='which images; those of training augmented as in training, each once '
                        f'({default_modes if modes is None else " ".join(default_modes)})')
@@ -163,7 +163,7 @@ def images_of(subject, part, args):
 
 
 class Recorded(list):
-    """What one pass over batches gave, (inputs, targets) each, to be gone over again without making it anew."""
+    """What one pass over batches gave, (inputs, targets) each, to be iterated again without making it again."""
 
     def __init__(self, batches, one_pass):
         super().__init__(one_pass)

@@ -98,7 +98,7 @@ class Landscape:
 
     @torch.no_grad()
     def estimated_buffers(self, batches, weights=None):
-        """The buffers with BatchNorm's statistics estimated anew for `weights`: over `batches`, each counting by its
+        """The buffers with BatchNorm's statistics estimated for `weights`: over `batches`, each counting by its
         images.
 
         All else, such as dropout, stays as in evaluation. A batch of one image, which has no variance, does not count.

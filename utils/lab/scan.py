@@ -1,4 +1,4 @@
-"""A table of measurements that grows row by row and goes on where it was broken off."""
+"""A table of measurements that grows row by row and resumes where it was interrupted."""
 import csv
 import json
 import os
