@@ -81,8 +81,7 @@ def parse_arguments():
     validate(args, state, model.regime, parser)
     if 'workers' in args.given and not uses_workers(args, model):
         parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of '
-                     'its '
-                     'own')
+                     'its own')
     return args, state
 
 
@@ -247,8 +246,7 @@ def make_batches(args, state, part, split, device, transforms={}):
     if isinstance(split, own_dataset.LazySplit):
         if transforms:
             raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its '
-                            'own '
-                            'cannot be trained on; give --no-augment')
+                            'own cannot be trained on; give --no-augment')
         one_by_one = folders.small_image_transform(**augment, transform=transform, mean=state['mean'])
         return folders.ImageBatches(split, state['mean'], state['std'], batch_size, device, one_by_one, args.workers)
     return image_batches.Batches(split, state['mean'], state['std'], batch_size, device, transform=transform,

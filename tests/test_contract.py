@@ -201,11 +201,6 @@ def test_the_lab_looks_at_the_network_without_the_centres(with_center, few_digit
         assert f'{tested:.4g}'[:5] in capsys.readouterr().out
 
 
-ARCHITECTURES = [*((models, arch) for arch in models.MODELS if arch not
-                   in ('pyramidnet', 'wrn', 'vgg13', 'vgg16', 'vgg19')),
-                 *((torchvision_models, arch) for arch in ('resnet18', 'mobilenet_v3_small', 'vit_b_16', 'googlenet'))]
-
-
 @pytest.mark.parametrize('family, arch', [('cifar', 'lenet'), ('cifar', 'vgg11_bn'), ('cifar', 'densenet'),
                                           ('cifar', 'mlp'),
                                           ('cifar', 'preresnet'), ('imagenet', 'resnet18'),
@@ -282,7 +277,7 @@ def test_say_prints_in_training(few_digits, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(Run, 'steps', saying)
     call(monkeypatch, cifar, f'{SHORT} -c {tmp_path}')
-    assert [f'step {step} is done' in capsys.readouterr().out for step in (9,)] == [True]
+    assert 'step 9 is done' in capsys.readouterr().out
 
 
 def test_files_that_the_project_does_not_know_stay_and_do_not_matter(few_digits, monkeypatch, tmp_path):

@@ -210,3 +210,13 @@ def test_names_that_are_no_data_set(monkeypatch, capsys):
 def test_a_pil_image_of_many_bits_is_refused():
     with pytest.raises(ValueError, match='more than 8 bits'):
         own_dataset._as_pil(Image.fromarray(np.zeros((4, 4), dtype=np.int32)))
+
+
+def test_without_names_the_classes_are_numbers_and_the_training_set_is_read_once(stripes, monkeypatch):
+    import stripes as module
+    monkeypatch.setattr(module.Stripes, 'classes', None)
+    read, make = [], own_dataset._make
+    monkeypatch.setattr(own_dataset, '_make', lambda name, root, part: read.append(part) or make(name, root, part))
+    call(monkeypatch, cifar, f'--dataset stripes:Stripes {FLAGS} --epochs 1 -c run')
+    assert read == ['train', 'test']
+    assert torch.load('run/checkpoint.pth.tar', weights_only=True)['classes'] == ['0', '1', '2', '3']

@@ -130,8 +130,7 @@ def initialise(model, path):
     fitting = {name: value for name, value in held.items() if name in wanted and value.shape == wanted[name].shape}
     if not fitting:
         raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and '
-                        'the network has '
-                        f'{_listed(wanted)}')
+                        f'the network has {_listed(wanted)}')
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
     for what, names in (('of another shape there, so left out', held.keys() & wanted.keys() - fitting.keys()),
@@ -163,12 +162,12 @@ def read_arguments(parser, script, folder_of, evaluated_without_resume=None):
         if not os.path.exists(args.resume):
             args.resume, args.overwrite = None, never_saved(folder)
     if args.resume:
-        state, given, path = read(args.resume, script), args.given, args.resume
+        state, path = read(args.resume, script), args.resume
         if auto:  # the same command once more, so what it says again is not a wish to change anything
-            given -= _unchanged(args, state['args'])
+            args.given -= _unchanged(args, state['args'])
             _check_auto(args, state['args'], parser)
         _check_flags(args, state, parser)
-        args = parser.parse_args(defaults=inherited_flags(state))
+        given, args = args.given, parser.parse_args(defaults=inherited_flags(state))
         args.given, args.resume = given, path
     elif args.evaluate and not (evaluated_without_resume and getattr(args, evaluated_without_resume)):
         instead = f', or --{evaluated_without_resume}' if evaluated_without_resume else ''

@@ -83,8 +83,8 @@ def load(name, root, part, image_size=32, workers=4):
     A data set of one's own is a `LazySplit` where it is too large for memory.
     """
     if own_dataset.is_own(name):
-        split = _read.pop((name, root, part, image_size),
-                          None) or own_dataset.load(name, root, part, image_size, workers)
+        split = _read.pop((name, root, part, image_size), None)
+        split = split or own_dataset.load(name, root, part, image_size, workers)
     elif name == 'digits':
         split = _digits(part)
     elif name == 'folder':

@@ -1,4 +1,6 @@
 """Loss and accuracy, counted on the device: nothing here waits for it until a number is read."""
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -78,8 +80,7 @@ class Meter:
             return self
         sizes = torch.zeros_like(self.losses)
         sizes[:len(self.sizes)] = torch.tensor(self.sizes, dtype=sizes.dtype, device=sizes.device)
-        whole = Meter.__new__(Meter)
-        whole.quantities = self.quantities
+        whole = copy.copy(self)
         whole.losses, sizes = distributed.all_reduce(torch.stack((self.losses, sizes)))
         whole.sizes = sizes.tolist()[:max(distributed.all_gather(len(self.sizes)))]
         whole.correct = distributed.all_reduce(self.correct.clone())

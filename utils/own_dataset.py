@@ -82,14 +82,20 @@ def load(name, root, part, image_size, workers):
             histogram += batches.pixel_histogram(torch.from_numpy(image))
         else:
             images[index] = image
+    if part == 'train':
+        _largest_label[name, root] = int(labels.max())
     classes = getattr(dataset, 'classes', None)
     if classes is None:
-        training_labels = labels if part == 'train' else load(name, root, 'train', image_size, workers).labels
-        classes = range(int(training_labels.max()) + 1)
+        if (name, root) not in _largest_label:
+            load(name, root, 'train', image_size, workers)
+        classes = range(_largest_label[name, root] + 1)
     classes = [str(one) for one in classes]
     if large:
         return LazySplit(dataset, torch.arange(len(dataset)), labels, classes, image_size, histogram)
     return Split(torch.from_numpy(images), labels, classes)
+
+
+_largest_label = {}  # of training sets that have been read, as reading one takes long
 
 
 def _make(name, root, part):
@@ -106,8 +112,7 @@ def _make(name, root, part):
     taken = {key: value for key, value in offered.items() if key in parameters}
     if not {'train', 'split'} & set(taken):
         raise UserError(f'--dataset {name} must have a parameter train (True or False) or split (train or test), '
-                        'which chooses '
-                        f'the part; it has {", ".join(parameters) or "none"}')
+                        f'which chooses the part; it has {", ".join(parameters) or "none"}')
     try:
         dataset = make(**taken)
         empty = len(dataset) == 0
@@ -131,7 +136,7 @@ class _Items(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             image, label = _item(self.dataset, index, self.image_size)
-            return np.asarray(image), label
+            return np.array(image), label  # a copy, as torch warns of what cannot be written to
         except ValueError as error:
             return one_line(error)
 
