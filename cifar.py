@@ -9,7 +9,7 @@ import torch
 
 from models import cifar as models
 from utils import batches as image_batches, checkpoint, conditions, datasets, device as devices, distributed
-from utils import flags, folders, methods, own_dataset, schedule
+from utils import flags, folders, methods, output, own_dataset, resume, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
@@ -61,7 +61,7 @@ def make_parser():
 def parse_arguments():
     """The flags, validated and filled in, and the checkpoint to resume from or None. Reads no data."""
     parser = make_parser()
-    args, state = checkpoint.read_arguments(parser, 'cifar.py', run_folder)
+    args, state = resume.read_arguments(parser, 'cifar.py', run_folder)
     if 'image_size' in args.given and not datasets.has_images_of_any_size(args.dataset):
         parser.error(f'--image-size is for --dataset folder or module:Class, not {args.dataset}')
     if args.dataset == 'digits' and 'data' in args.given:
@@ -111,11 +111,11 @@ def main():
     if known:
         methods.rehearse(args, model, args.image_size)
         check_batch(args, known.train_size)
-        checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
+        output.claim(args)
     model.to(device, memory_format=torch.channels_last)
     print(headline(args, architecture, model, device))
     if args.evaluate:
-        split = load_split(args, 'test', state['classes'])
+        split = load_split(args, state, 'test')
         batches = make_batches(args, state, 'test', split, device, image_batches.input_transform(args, model))
         tested = test(batches, model, args)
         print(f'{args.resume}, of epoch {state["epoch"]} | {metrics_line("test", tested)}')
@@ -128,7 +128,7 @@ def main():
         methods.rehearse(args, model, args.image_size, images=1, training_images=images)
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
-        checkpoint.check_position(state, len(batches['train']), args)
+        resume.check_position(state, len(batches['train']), args)
         checkpoint.load_optimizer(optimizer, state, args.resume)
     fit(args, state, model, optimizer, batches)
 
@@ -197,25 +197,28 @@ def uses_workers(args, model):
     return datasets.has_images_of_any_size(args.dataset) or bool(args.auto_augment or transforms)
 
 
-def load_split(args, part, classes=None):
-    """The 'train' or 'test' part of the data; UserError unless its classes are `classes`, those of a checkpoint."""
+def load_split(args, state, part):
+    """The 'train' or 'test' part of the data; UserError if it is not what the checkpoint `state` was trained with."""
     split = datasets.load(args.dataset, args.data, part, args.image_size, args.workers)
-    if classes and split.classes != classes:
+    classes = state.get('classes', split.classes)
+    if split.classes != classes:
         raise UserError(f'{args.resume} knows the classes {" ".join(classes[:10])}, but {args.dataset} has '
                         f'{" ".join(split.classes[:10])}')
+    resume.check_images(args, state, part, datasets.fingerprint(args.dataset, args.data, part, split),
+                        conditions.drawn_by(args) if part == 'train' else '')
     return split
 
 
 def load_part(args, state, part):
     """The 'train', 'test' or 'val' images of the run that `state` is of."""
-    split = load_split(args, 'test' if part == 'test' else 'train', state['classes'])
+    split = load_split(args, state, 'test' if part == 'test' else 'train')
     return split if part == 'test' else conditions.apply(args, split)[part == 'val']
 
 
 def load_batches(args, state, device, transforms):
     """{'train': ..., 'test': ...} and, with --val-split, 'val'. What normalises them goes into `state`."""
     with distributed.first_on_each_machine():
-        splits = {part: load_split(args, part, state.get('classes')) for part in ('train', 'test')}
+        splits = {part: load_split(args, state, part) for part in ('train', 'test')}
     if 'mean' not in state:
         state['mean'], state['std'] = splits['train'].mean_and_std()
         state['classes'] = splits['train'].classes

@@ -11,7 +11,7 @@ import torch
 
 from models import imagenet as models
 from utils import batches as image_batches, checkpoint, device as devices, distributed, flags, folders
-from utils import methods, schedule
+from utils import methods, output, resume, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError, one_line
@@ -63,7 +63,7 @@ def make_parser():
 def parse_arguments():
     """The flags, validated and filled in, and the checkpoint to resume from or None. Reads no data."""
     parser = make_parser()
-    args, state = checkpoint.read_arguments(parser, 'imagenet.py', run_folder, evaluated_without_resume='pretrained')
+    args, state = resume.read_arguments(parser, 'imagenet.py', run_folder, evaluated_without_resume='pretrained')
     if args.data is None:
         parser.error('--data DIR is required, with DIR/train/CLASS/* and DIR/val/CLASS/*')
     if args.init and args.pretrained:
@@ -115,7 +115,7 @@ def main():
     architecture = {'arch': args.arch, **args.arch_options, 'num_classes': len(classes)}
     if not args.evaluate:
         check_batch(args, len(images['train'].paths))
-        checkpoint.check_folder(args.checkpoint, args.resume, args.overwrite)
+        output.claim(args)
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
     model = build(args, architecture, pretrained=args.pretrained and not state)
     if state:
@@ -128,6 +128,8 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     print(headline(args, architecture, model, device))
     if args.evaluate:
+        if state:
+            resume.check_images(args, state, 'test', images['val'].fingerprint(args.data))
         batches = make_batches(args, state, 'test', images['val'], device)
         tested = test(batches, model, args)
         folders.report_skipped({'test': batches})
@@ -138,11 +140,13 @@ def main():
     state = state or {'script': 'imagenet.py', 'epoch': args.start_epoch, 'network': architecture, 'classes': classes,
                       'mean': preset(args)['mean'], 'std': preset(args)['std']}
     print(f'{training_images} training images of {len(classes)} classes, {len(images["val"].paths)} test images')
-    batches = {part: make_batches(args, state, part, images[folder], device)
-               for part, folder in (('train', 'train'), ('test', 'val'))}
+    batches = {}
+    for part, folder in (('train', images['train']), ('test', images['val'])):
+        resume.check_images(args, state, part, folder.fingerprint(args.data))
+        batches[part] = make_batches(args, state, part, folder, device)
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
-        checkpoint.check_position(state, len(batches['train']), args)
+        resume.check_position(state, len(batches['train']), args)
         checkpoint.load_optimizer(optimizer, state, args.resume)
     fit(args, state, model, optimizer, batches)
 
@@ -195,6 +199,7 @@ def test(batches, model, args, meter=None):
             bar.advance(meter)
     return meter.read_all('test')
 
+
 def build(args, architecture, pretrained=False):
     """The network that `architecture` describes, with the head and the loss terms of the chosen methods.
 
@@ -219,6 +224,7 @@ def load_part(args, state, part):
     """The 'train' or 'test' images of the run that `state` is of."""
     folder = folders.read_folder(args.data, 'val' if part == 'test' else part)
     check_classes(args, state, folder.classes)
+    resume.check_images(args, state, part, folder.fingerprint(args.data))
     return folder
 
 

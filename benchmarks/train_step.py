@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import checkpoint, methods, schedule  # noqa: E402
+from utils import checkpoint, methods, output, schedule  # noqa: E402
 from utils.batches import Batches, Split  # noqa: E402
 from utils.logger import Logger, plot_log  # noqa: E402
 from utils.run import Run  # noqa: E402
@@ -138,7 +138,7 @@ def end_of_epoch(model, optimizer):
         logger.append([1, 1.0, 1.0, 50.0, 50.0])
         state = {'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(),
                  'random': checkpoint.random_state()}
-        for name in (checkpoint.BEST, checkpoint.LAST):
+        for name in (output.BEST, output.LAST):
             checkpoint.save(os.path.join(folder.name, name), state)
         plot_log(logger.path, os.path.join(folder.name, 'log.png'), os.path.join(folder.name, 'log.pdf'))
 

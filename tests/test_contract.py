@@ -15,7 +15,7 @@ import imagenet
 from helpers import broken_off, call, unrecorded
 from models import cifar as models
 from models import imagenet as torchvision_models
-from utils import checkpoint, datasets, flags, methods, schedule
+from utils import checkpoint, datasets, flags, methods, output, schedule
 from utils.activations import Activations
 from utils.batches import Batches, Split
 from utils.errors import UserError
@@ -60,7 +60,7 @@ def lion(monkeypatch):
                         **more: Lion(model.parameters(), lr=1e-4))
 
 
-def read(folder, name=checkpoint.LAST):
+def read(folder, name=output.LAST):
     return torch.load(folder / name, weights_only=True)
 
 
@@ -293,7 +293,7 @@ def test_files_that_the_project_does_not_know_stay_and_do_not_matter(few_digits,
         call(monkeypatch, cifar, flags)
     call(monkeypatch, cifar, f'{flags} --overwrite')
     assert_same_state(first, read(folder))
-    for name in checkpoint.RESULTS[:2]:
+    for name in output.RESULTS[:2]:
         (folder / name).unlink()
     for name in ('result.json', 'confusion.csv', 'confusion.png', 'log.png', 'log.pdf'):
         (folder / name).unlink(missing_ok=True)

@@ -2,11 +2,12 @@ import io
 import math
 import os
 import pickle
+import types
 
 import pytest
 import torch
 
-from utils import checkpoint
+from utils import checkpoint, output
 from utils.flags import Parser, bounded
 from utils.bar import ProgressLine
 from utils.errors import UserError
@@ -198,9 +199,10 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path):
 
 
 def state():
-    return {**{name: kind() for name, kind in checkpoint.CONTENTS.items()},
-            'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
-            'state_dict': torch.nn.Linear(2, 2).state_dict()}
+    return {'epoch': 1, 'network': {'arch': 'resnet', 'depth': 20, 'num_classes': 10},
+            'state_dict': torch.nn.Linear(2, 2).state_dict(), 'optimizer': {'state': {}, 'param_groups': []},
+            'random_state': checkpoint.random_state(), 'mean': [1.0] * 3, 'std': [1.0] * 3,
+            'classes': list('abcdefghij'), 'best': {'top1': 0.0, 'epoch': 1}, 'args': {}}
 
 
 class Evil:
@@ -251,7 +253,7 @@ def test_weights_of_another_network_are_refused():
     with pytest.raises(UserError, match='x holds depth 20, num_classes 10, but depth 56, num_classes 100 was asked '
                                         'for'):
         checkpoint.load_model(model, held, {'arch': 'resnet', 'depth': 56, 'num_classes': 100}, 'x')
-    with pytest.raises(UserError, match='do not fit resnet'):
+    with pytest.raises(UserError, match='weights in x do not fit this network'):
         checkpoint.load_model(torch.nn.Linear(3, 2), held, held['network'], 'x')
 
 
@@ -274,33 +276,42 @@ def test_random_state_is_restored():
     assert torch.equal(torch.rand(3), drawn)
 
 
+def run_args(folder, resume=None, overwrite=False):
+    return types.SimpleNamespace(checkpoint=str(folder), resume=resume, overwrite=overwrite,
+                                 found=output.snapshot(str(folder)))
+
+
 def test_a_folder_with_a_run_is_not_entered_by_accident(tmp_path):
     folder = tmp_path / 'run'
-    checkpoint.check_folder(str(folder), None, False)
-    checkpoint.check_folder(str(folder), None, False)  # empty is fine
-    checkpoint.enter_folder(str(folder), None, False)
-    with pytest.raises(UserError, match='another run has just begun'):  # two runs that both found it empty
-        checkpoint.enter_folder(str(folder), None, False)
-    names = ['args.json', 'checkpoint.pth.tar', 'log.txt', 'model_best.pth.tar', 'notes.md']
-    for name in names:
+    output.claim(run_args(folder))
+    output.claim(run_args(folder))  # empty is fine
+    names = ['.lock', 'args.json', 'checkpoint.pth.tar', 'log.txt', 'model_best.pth.tar', 'notes.md']
+    for name in names[1:]:
         (folder / name).write_text('x')
     last, best = str(folder / 'checkpoint.pth.tar'), str(folder / 'model_best.pth.tar')
     for resume in (None, best, str(tmp_path / 'other.pth.tar')):
         with pytest.raises(UserError, match='--overwrite'):
-            checkpoint.check_folder(str(folder), resume, False)
+            output.claim(run_args(folder, resume))
     for resume, overwrite in ((last, False), (last, True), (best, True), (None, True)):
-        checkpoint.check_folder(str(folder), resume, overwrite)
+        output.claim(run_args(folder, resume, overwrite))
     assert sorted(os.listdir(folder)) == names  # looking has changed nothing
-    checkpoint.enter_folder(str(folder), last, True)
+    output.enter(run_args(folder, last, True), finished=False)
     assert sorted(os.listdir(folder)) == names
-    checkpoint.check_folder(str(tmp_path / 'fork'), last, False)
-    checkpoint.enter_folder(str(tmp_path / 'fork'), last, False)
-    assert sorted(os.listdir(tmp_path / 'fork')) == ['args.json', 'model_best.pth.tar']
-    checkpoint.enter_folder(str(folder), None, True)
-    assert sorted(os.listdir(folder)) == ['args.json', 'notes.md']  # only what a run writes is replaced
+    output.claim(run_args(tmp_path / 'fork', last))
+    output.enter(run_args(tmp_path / 'fork', last), finished=False)
+    assert sorted(os.listdir(tmp_path / 'fork')) == ['.lock', 'model_best.pth.tar']
+    output.enter(run_args(folder, overwrite=True), finished=False)
+    assert sorted(os.listdir(folder)) == ['.lock', 'notes.md']  # only what a run writes is replaced
+
+
+def test_what_another_run_wrote_since_the_command_line_was_read_is_not_overwritten(tmp_path):
+    args = run_args(tmp_path, overwrite=True)
+    (tmp_path / 'args.json').write_text('{}')
+    with pytest.raises(UserError, match='another run has just written'):
+        output.claim(args)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be used as a folder'):
-        checkpoint.check_folder(str(tmp_path / 'file'), None, False)
+        output.claim(run_args(tmp_path / 'file'))

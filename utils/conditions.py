@@ -2,6 +2,8 @@
 
 Each function is fixed by a seed of its own and leaves the global random state alone.
 """
+import argparse
+
 import numpy as np
 import torch
 
@@ -37,9 +39,15 @@ def left_by(args):
     """Words for what leaves fewer images to train on, such as ' that --val-split 0.1 leaves'; none without such a
     flag.
     """
-    flags = {'--val-split': args.val_split, '--imbalance': args.imbalance, '--train-fraction': args.train_fraction}
-    words = [f'{flag} {value}' for flag, value in flags.items() if value]
-    return f' that {" and ".join(words)} leaves' if words else ''
+    words = drawn_by(argparse.Namespace(**{**vars(args), 'label_noise': None}))
+    return f' that {words} leaves' if words else ''
+
+
+def drawn_by(args):
+    """Words for the flags that draw images, or their labels, from the training set; none without such a flag."""
+    flags = {'--val-split': args.val_split, '--imbalance': args.imbalance, '--train-fraction': args.train_fraction,
+             '--label-noise': args.label_noise}
+    return ' and '.join(f'{flag} {value}' for flag, value in flags.items() if value)
 
 
 def apply(args, split):

@@ -1,14 +1,24 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, check sums of what is in them, and sentences for a disk that is full."""
 import contextlib
+import errno
 import json
 import os
+import shutil
+import zlib
+
+from utils.errors import UserError
+
+
+class NotWritten(UserError):
+    """A file could not be written; what was there before is kept."""
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, size=None):
     """Gives a temporary path beside `path`; what was written to it is flushed to disk and takes the place of `path`.
 
-    After an exception, or if the process dies, `path` is what it was before.
+    After an exception, or if the process dies, `path` is what it was before. NotWritten if the system refuses to
+    write. size: in bytes, of what will be written, as far as it is known.
     """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f'.unfinished-{name}')
@@ -17,15 +27,46 @@ def replacing(path):
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        _remove(temporary)  # so that the free space that is named is what it was
+        raise not_written(path, error, size) or error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        _remove(temporary)
+
+
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def not_written(path, error, size=None):
+    """A NotWritten if `error`, or what it came from, is the system's refusal to write `path`; otherwise None."""
+    cause = error
+    while cause and not isinstance(cause, OSError):  # torch.save and Matplotlib raise errors of their own from it
+        cause = cause.__context__
+    if cause is None or isinstance(error, UserError):
+        return None
+    words = f'{path} could not be written ({cause.strerror or cause})'
+    if size and cause.errno == errno.ENOSPC:
+        free = shutil.disk_usage(os.path.dirname(path) or '.').free
+        words += f': it needs {megabytes(size)} and {megabytes(free)} are free'
+    return NotWritten(words + '; what was there before is kept' * os.path.exists(path))
+
+
+def megabytes(size):
+    """A number of bytes as words."""
+    return f'{size / 1e6:.4g} MB' if size < 1e9 else f'{size / 1e9:.4g} GB'
 
 
 def write_json(path, value):
-    with replacing(path) as temporary, open(temporary, 'w') as file:
-        json.dump(value, file, indent=2)
-        file.write('\n')
+    text = json.dumps(value, indent=2) + '\n'
+    with replacing(path, len(text)) as temporary, open(temporary, 'w') as file:
+        file.write(text)
+
+
+def digest(value):
+    """A check sum of what JSON can hold, eight hexadecimal digits; the order of keys does not matter."""
+    return f'{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}'
 
 
 def save_figure(figure, *paths, dpi=120):

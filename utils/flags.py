@@ -145,15 +145,21 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**{**declared, **inherited, **given}, given=set(given))
 
     def _check_inherited(self, action, value):
-        for one in value if isinstance(value, list) else [value]:
-            if action.choices and one is not None and one not in action.choices:
-                self.error(f'{self.spelling(action.dest)} {one} of the checkpoint is not known here; '
-                           f'there are {", ".join(map(str, action.choices))}')
-            if action.type and isinstance(one, str):
-                try:
-                    action.type(one)
-                except (argparse.ArgumentTypeError, ValueError) as error:
-                    self.error(f'{self.spelling(action.dest)} of the checkpoint: {error}')
+        """Refuse a value of a checkpoint that the flag could not have on the command line."""
+        if value == action.default and type(value) is type(action.default):
+            return
+        several = isinstance(value, (list, tuple)) and action.nargs in ('+', '*')
+        for one in value if several else [value]:
+            try:
+                if action.nargs == 0 and type(one) is not bool:
+                    raise ValueError('must be True or False')
+                word = one if action.nargs == 0 or action.type is None else action.type(str(one))
+                if action.choices and word not in action.choices:
+                    raise ValueError(f'there are {", ".join(map(str, action.choices))}')
+                if action.nargs != 0 and type(word) is not type(one) and (type(word), type(one)) != (float, int):
+                    raise ValueError(f'must be a {"word" if action.type is None else type(word).__name__}')
+            except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+                self.error(f'{self.spelling(action.dest)} {one} of the checkpoint is not known here; {error}')
 
     def names(self):
         """The names in `args` of all flags."""

@@ -1,8 +1,10 @@
 """Images that do not fit in memory, such as ImageNet: listed at the start, decoded and augmented by worker processes.
 """
+import json
 import os
 import sys
 import warnings
+import zlib
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,11 @@ class Folder(NamedTuple):
     def class_counts(self):
         """The number of images of each class, a list."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def fingerprint(self, root):
+        """A word that tells these files, by their names below `root` and their classes, from others."""
+        names = json.dumps([os.path.relpath(path, root) for path in self.paths]).encode()
+        return f'{zlib.crc32(self.labels.numpy(), zlib.crc32(names)):08x} of {len(self.paths)}'
 
     def blank(self):
         """A black PIL image; transforms make of it what they make of any."""

@@ -1,24 +1,31 @@
 """log.txt: one tab-separated row per epoch, under a header; and the curves drawn from it."""
+import contextlib
 import os
 
 from utils.errors import UserError
-from utils.files import replacing, save_figure
+from utils.files import not_written, replacing, save_figure
 
 
 class Logger:
     """Appends rows to `path`. With `rows`, those of the run being resumed, it begins with them."""
 
     def __init__(self, path, columns, rows=()):
-        self.path = path
+        self.path, self.lines = path, [columns, *rows]  # of the words in each line
         with replacing(path) as temporary, open(temporary, 'w') as file:
-            file.write('\t'.join(columns) + '\n')
-            file.writelines('\t'.join(row) + '\n' for row in rows)
+            file.writelines('\t'.join(line) + '\n' for line in self.lines)
 
     def append(self, values):
-        with open(self.path, 'a') as file:
-            file.write('\t'.join(_text(value) for value in values) + '\n')
-            file.flush()
-            os.fsync(file.fileno())
+        self.lines.append([_text(value) for value in values])
+        whole = os.path.getsize(self.path)
+        try:
+            with open(self.path, 'a') as file:
+                file.write('\t'.join(self.lines[-1]) + '\n')
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, whole)
+            raise not_written(self.path, error) from error
 
 
 def _text(value):

@@ -48,6 +48,7 @@ from models.base import WithAuxiliary
 from utils.activations import Activations
 from utils.errors import UserError, one_line
 from utils.eval import cross_entropy
+from utils.flags import meaning
 from utils.parts import single_image_explained
 from utils.schedule import OPTIMIZERS
 
@@ -118,6 +119,16 @@ def flags(module):
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return set(vars(parser.parse_args([])))
+
+
+def setting(values):
+    """The flags, name -> value, among `values` that decide the result of training: not those of other methods, nor
+    what a run is called or shows.
+    """
+    chosen = sorted(values['method'], key=lambda name: (*METHODS, name).index(name))  # `amp dma` is `dma amp`
+    unused = set().union(*(flags(module) for name, module in METHODS.items() if name not in chosen))
+    return {name: value for name, value in {**values, 'method': chosen}.items()
+            if meaning(name).result and name not in unused}
 
 
 def _call(function, *arguments):

@@ -11,12 +11,13 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.base import count_parameters
-from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, schedule
+from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, output, resume
+from utils import schedule
 from utils.bar import ProgressLine
-from utils.errors import Stopped, UserError
+from utils.errors import Stopped, UserError, one_line
 from utils.eval import Meter, metrics_line, quantities
-from utils.files import write_json
-from utils.logger import Logger, plot_log, read_log, read_rows
+from utils.files import NotWritten, digest, write_json
+from utils.logger import Logger, plot_log, read_rows
 from utils.parts import Batch, check_parts, single_image_explained
 
 
@@ -54,25 +55,27 @@ class Run:
         self.to_test = self.average.module if self.average else compiled
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
         self.meter = self.bar = self.logger = None
+        self.drawing_failed = False
         self.seconds = 0.0  # of training in the epoch that is running or has just run
 
     def __enter__(self):
         args, state = self.args, self.state
         checkpoint.begin_random_state(state, args.seed)
+        self.setting = resume.setting(args, state)
+        rates = [self.learning_rate(epoch * self.steps_per_epoch) for epoch in range(state['epoch'])]
+        self.changes = [*state.get('changes', []), *resume.changes(args, state, self.setting, rates)]
         state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
         names = quantities(state['network']['num_classes'])
         columns = ['Epoch', 'Learning Rate', *(f'{part} {name}' for part in ('Train', self.selection.title())
                                                for name in names), 'Seconds']
-        old_log = os.path.join(os.path.dirname(args.resume), 'log.txt') if args.resume else None
-        old_rows = read_rows(old_log, columns, state['epoch'])
+        old_rows = self._rows_behind(columns)
         distributed.barrier()
         state.setdefault('best', {'top1': -1.0, 'epoch': 0})
         if distributed.is_first():
-            finished = state['epoch'] >= args.epochs
-            checkpoint.enter_folder(args.checkpoint, args.resume, args.overwrite, finished)
+            output.enter(args, finished=state['epoch'] >= args.epochs)
             self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
             write_json(self.in_folder('args.json'), self._described())
-            if not os.path.exists(self.in_folder(checkpoint.BEST)):
+            if not os.path.exists(self.in_folder(output.BEST)):
                 state['best'] = {'top1': -1.0, 'epoch': 0}
         state['best'] = distributed.broadcast(state['best'])
         return self
@@ -87,11 +90,13 @@ class Run:
                 raise error
         if isinstance(error, Stopped):
             self._with_sentence(error)
+        if isinstance(error, NotWritten):
+            raise UserError(f'{error}. {self._how_to_resume()}') from error
 
     def epochs(self):
         """The indices of the epochs that are left, from 0."""
         if not self.state.get('step'):
-            self.save(checkpoint.LAST)  # a run that is interrupted in its first epoch can be resumed too
+            self.save(output.LAST)  # a run that is interrupted in its first epoch can be resumed too
         yield from range(self.state['epoch'], self.args.epochs)
 
     def steps(self, epoch):
@@ -107,6 +112,7 @@ class Run:
         asked = time.perf_counter()
         began = asked - self.state.get('seconds', 0.0)
         self.state.update(step=0, meter=None, seconds=0.0)  # the next epoch begins at its first batch
+        self.state.update(trained_with=self.setting, changes=self.changes)
         with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
             for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
                 data_seconds = time.perf_counter() - asked
@@ -117,7 +123,7 @@ class Run:
                 if args.checkpoint_every and done % args.checkpoint_every == 0 and done < self.steps_per_epoch:
                     whole = self.meter.of_all_processes()
                     self._check_losses(whole, epoch)
-                    self.save(checkpoint.LAST, step=done, meter=whole.state(), seconds=self.seconds)
+                    self.save(output.LAST, step=done, meter=whole.state(), seconds=self.seconds)
                 asked = time.perf_counter()
         self.bar = None
         self._check_losses(self.meter.of_all_processes(), epoch)
@@ -144,10 +150,10 @@ class Run:
             self.logger.append([epoch + 1, rate, *trained.values(), *tested.values(), self.seconds])
         if tested['Top-1'] > self.state['best']['top1']:
             self.state['best'] = {'top1': tested['Top-1'], 'epoch': epoch + 1}
-            self.save(checkpoint.BEST)
-        self.save(checkpoint.LAST)
+            self.save(output.BEST)
+        self.save(output.LAST)
         if self.logger:
-            plot_log(self.in_folder('log.txt'), self.in_folder('log.png'), self.in_folder('log.pdf'))
+            self._draw(plot_log, self.in_folder('log.txt'), self.in_folder('log.png'), self.in_folder('log.pdf'))
         self.say(f'epoch {epoch + 1}/{self.args.epochs} | lr {rate:.4g} | {metrics_line("train", trained)} '
                  f'| {metrics_line(part, tested)} | {self.seconds:.1f} s')
 
@@ -164,6 +170,7 @@ class Run:
                           ema=self.average.state_dict() if self.average else None,
                           step=step, meter=meter, seconds=seconds)
         if distributed.is_first():
+            self.state['log'] = [line[:-1] for line in self.logger.lines]  # all but the seconds
             checkpoint.save(self.in_folder(name), self.state)
 
     def report(self, test):
@@ -174,43 +181,64 @@ class Run:
         best, epoch, batches = self.state['best'], self.state['epoch'], self.batches['test']
         chosen_by_validation = self.selection == 'val'
         if chosen_by_validation:
-            chosen = checkpoint.read(self.in_folder(checkpoint.BEST)) if distributed.is_first() else None
+            chosen = checkpoint.read(self.in_folder(output.BEST)) if distributed.is_first() else None
             chosen = distributed.broadcast(chosen)
             best, epoch = chosen['best'], chosen['epoch']
             uncompiled = self.average.module if self.average else self.model
-            uncompiled.load_state_dict(checkpoint.weights_to_test(chosen))
+            checkpoint.load_weights(uncompiled, checkpoint.weights_to_test(chosen), self.in_folder(output.BEST))
         predictions = metrics.Predictions(len(batches), batches.num_classes, batches.device)
         tested = test(batches, self.to_test, self.args, predictions)
         probabilities, targets = predictions.of_all_images()
         if not distributed.is_first():
             return
         by_class, confusion = metrics.of_classes(probabilities, targets)
-        metrics.write_confusion(confusion, self.state['classes'], self.in_folder('confusion.csv'),
-                                self.in_folder('confusion.png'))
-        seconds = read_log(self.in_folder('log.txt'))['Seconds']
+        self._draw(metrics.write_confusion, confusion, self.state['classes'], self.in_folder('confusion.csv'),
+                   self.in_folder('confusion.png'))
+        seconds = [float(row[-1]) for row in self.logger.lines[1:] if row[-1] != 'nan']
         result = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in {**tested, **by_class}.items()},
                   'best': best, 'chosen by': 'validation' if chosen_by_validation else 'last epoch',
                   'test images': len(targets), 'parameters': count_parameters(self.model),
                   'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
-        write_json(self.in_folder('result.json'), result)
+        # compare.py leaves a run out whose files are not those of this result any more.
+        result['check sums'] = {'log.txt': digest(self.logger.lines), 'args.json': digest(self._described()),
+                                'result.json': digest(result)}
+        write_json(self.in_folder(output.RESULT), result)
         note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if chosen_by_validation
                 else f'best test epoch {best["epoch"]}: {best["top1"]:.2f}%')
         print(f'\nepoch {epoch} | {metrics_line("test", tested)} | {note}')
         print(metrics.class_report(self.state['classes'], by_class))
-        for name, files in (('log', 'log.txt'), ('curves', 'log.png log.pdf'), ('checkpoint', checkpoint.LAST),
-                            ('best', checkpoint.BEST), ('confusion', 'confusion.csv confusion.png'),
+        for name, files in (('log', 'log.txt'), ('curves', 'log.png log.pdf'), ('checkpoint', output.LAST),
+                            ('best', output.BEST), ('confusion', 'confusion.csv confusion.png'),
                             ('result', 'result.json')):
             print(f'{name:12}', '  '.join(self.in_folder(file) for file in files.split()))
 
     def _described(self):
         """What args.json holds."""
         train = self.batches['train']
-        derived = ('given', 'inherited', 'regime')
+        derived = ('given', 'inherited', 'regime', 'found')
         return {**{name: value for name, value in vars(self.args).items() if name not in derived},
-                'script': self.state['script'], 'as given': self.args.inherited,
+                'script': self.state['script'], 'as given': self.args.inherited, 'changes': self.changes,
                 'network': self.state['network'], 'optimizer class': self.state['optimizer_class'],
                 'parameters': count_parameters(self.model), 'training images by class': train.class_counts,
                 'processes': distributed.world_size(), 'environment': devices.environment(train.device)}
+
+    def _rows_behind(self, columns):
+        """The rows of the log, as text, of the epochs that are behind: those of the checkpoint, whatever log.txt holds.
+
+        The checkpoint has all but the seconds, so that runs of the same seed have the same checkpoints.
+        """
+        old_log = os.path.join(os.path.dirname(self.args.resume), 'log.txt') if self.args.resume else None
+        if 'log' not in self.state:  # checkpoints of earlier versions
+            return read_rows(old_log, columns, self.state['epoch'])
+        held, *rows = self.state['log']
+        if held != columns[:-1]:
+            raise UserError(f'{self.args.resume} has a log with the columns {", ".join(held)}, and this run would write '
+                            f'{", ".join(columns[:-1])}')
+        try:
+            seconds = {tuple(row[:-1]): row[-1] for row in read_rows(old_log, columns, self.state['epoch'])}
+        except UserError:  # it is damaged, and written again
+            seconds = {}
+        return [[*row, seconds.get(tuple(row), 'nan')] for row in rows]
 
     def _check_losses(self, meter, epoch):
         """UserError if a batch of this epoch had a loss that is not a number or infinite."""
@@ -222,15 +250,27 @@ class Run:
 
     def _last_good(self, epoch):
         left = 'from before that' if self.args.checkpoint_every else f'as epoch {epoch} left it'
-        return (f'so the run stops; {self.in_folder(checkpoint.LAST)} is {left}; '
+        return (f'so the run stops; {self.in_folder(output.LAST)} is {left}; '
                 'try a smaller --lr, a --warmup or a --clip-norm')
 
     def _with_sentence(self, stop):
-        how = f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(checkpoint.LAST))}'
+        stop.sentence = f'Stopped; {self._how_to_resume()}'
+        return stop
+
+    def _how_to_resume(self):
+        how = f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(output.LAST))}'
         if distributed.active():
             how = 'the same command and --resume auto'
-        stop.sentence = f'Stopped; the finished epochs are kept. Resume with: {how}'
-        return stop
+        return f'the finished epochs are kept. Resume with: {how}'
+
+    def _draw(self, function, *arguments):
+        """Draw a picture; whatever goes wrong with it is said once, and the run goes on."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            if not self.drawing_failed:
+                self.say(f'a picture cannot be drawn ({one_line(error)[:200]}); the run goes on without')
+            self.drawing_failed = True
 
 
 def validate(args, state, regime, parser):
@@ -242,7 +282,7 @@ def validate(args, state, regime, parser):
     try:
         schedule.fill_in(args, regime, parser, methods.default_lr(args))
         if state and not args.evaluate:
-            checkpoint.check_epochs(state, args, parser)
+            resume.check_epochs(state, args, parser)
         blank = torch.nn.Linear(1, 1)
         methods.build_optimizer(args, blank, steps_per_epoch=1, parameters=blank.parameters())
     except ValueError as error:
@@ -255,7 +295,7 @@ def moving_average(args, state, model, optimizer):
         return None
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     if state.get('ema'):
-        average.load_state_dict(state['ema'])
+        checkpoint.load_weights(average, state['ema'], args.resume)
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     return average
 

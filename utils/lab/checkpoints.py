@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 import smoothout
-from utils import batches as image_batches, checkpoint, datasets, device as devices, folders, methods
+from utils import batches as image_batches, checkpoint, datasets, device as devices, folders, methods, resume
 from utils.errors import UserError
 from utils.flags import bounded
 from utils.lab.landscape import Landscape
@@ -81,7 +81,7 @@ def open_checkpoint(path, args, parser):
     if state['script'] not in SCRIPTS:
         raise UserError(f'{path} is a checkpoint of {state["script"]}, not of {" or ".join(SCRIPTS)}')
     script = importlib.import_module(SCRIPTS[state['script']])
-    asked = script.make_parser().parse_args([], defaults=checkpoint.inherited_flags(state))
+    asked = script.make_parser().parse_args([], defaults=resume.inherited_flags(state))
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
         if getattr(args, name) is not None:
             if not hasattr(asked, name):

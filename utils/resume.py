@@ -1,0 +1,162 @@
+"""The command line of a run together with the checkpoint that it resumes from: what is inherited, what is refused."""
+import os
+import random
+
+from utils import checkpoint, distributed, flags, methods, output, schedule
+from utils.errors import UserError
+
+
+def read_arguments(parser, script, folder_of, evaluated_without_resume=None):
+    """(flags, checkpoint or None): the flags as given, and otherwise as in the checkpoint of --resume.
+
+    script: whose checkpoints can be resumed. folder_of: flags -> the run's folder, if --checkpoint is not given.
+    evaluated_without_resume: the flag that --evaluate can use instead of --resume.
+    """
+    args, state = parser.parse_args(), None
+    auto = args.resume == 'auto'
+    if auto and (args.evaluate or args.overwrite):
+        parser.error(f'--resume auto and --{"evaluate" if args.evaluate else "overwrite"} exclude each other')
+    resumed_folder = os.path.dirname(args.resume) or '.' if args.resume and not auto else None
+    folder = args.checkpoint or resumed_folder or _named(folder_of, args, parser)
+    found = output.snapshot(folder)  # before anything in it is read, see output.claim
+    if auto:
+        args.resume = os.path.join(folder, output.LAST)
+        if not os.path.exists(args.resume):
+            args.resume, args.overwrite = None, output.never_saved(folder)
+    if args.resume:
+        state, path = checkpoint.read(args.resume, script), args.resume
+        if auto:  # the same command once more, so what it says again is not a wish to change anything
+            args.given -= _unchanged(args, state['args'])
+            _check_auto(args, state['args'], parser)
+        _check_flags(args, state, parser)
+        given, args = args.given, parser.parse_args(defaults=inherited_flags(state))
+        args.given, args.resume = given, path
+    elif args.evaluate and not (evaluated_without_resume and getattr(args, evaluated_without_resume)):
+        instead = f', or --{evaluated_without_resume}' if evaluated_without_resume else ''
+        parser.error(f'--evaluate needs --resume FILE, the checkpoint to evaluate{instead}')
+    for name in sorted(args.given) if args.evaluate else ():
+        if not flags.meaning(name).evaluate:
+            parser.error(f'{parser.spelling(name)} is not used by --evaluate')
+    if args.gpu_id is not None and distributed.active():
+        parser.error('--gpu-id is for a single process; under torchrun each takes the device of its own number')
+    args.checkpoint, args.found = folder, found
+    seen = distributed.all_gather((args.seed, state and (state['epoch'], state.get('step', 0))))
+    if len(set(seen)) > 1:
+        raise UserError(f'not all processes see the same {args.resume or output.LAST}; --checkpoint must be a folder that all '
+                        'machines share')
+    if args.seed is None:
+        args.seed = distributed.broadcast(random.SystemRandom().randrange(2 ** 32))
+    return args, state
+
+
+def inherited_flags(state):
+    """The flags, name -> value, that a checkpoint hands on: never where to write or what to overwrite, whatever it
+    holds.
+    """
+    return {name: value for name, value in state['args'].items() if flags.meaning(name).resume != flags.START}
+
+
+def _named(folder_of, args, parser):
+    try:
+        return folder_of(args)
+    except ValueError as error:  # an option that the architecture does not have
+        parser.error(str(error))
+
+
+def _unchanged(args, held):
+    """The flags that the command line gives as the checkpoint has them."""
+    return {name for name in args.given if name in held and held[name] == getattr(args, name)
+            or name not in held and flags.meaning(name).resume == flags.BEGIN}
+
+
+def _check_auto(args, held, parser):
+    """Refuse, with --resume auto, flags that differ from the run in the folder."""
+    for name in sorted(args.given & held.keys()):
+        if flags.meaning(name).resume not in (flags.FREE, flags.START):
+            flag = parser.spelling(name)
+            parser.error(f'--resume auto would resume the run in {os.path.dirname(args.resume)}, which has {flag} '
+                         f'{held[name]}, not {getattr(args, name)}; give another --checkpoint, or --resume '
+                         f'{args.resume} to change it')
+
+
+def _check_flags(args, state, parser):
+    """Refuse, on the command line of a resumed run, what would contradict the checkpoint."""
+    if 'arch' in args.given and args.arch != state['network'].get('arch'):
+        raise UserError(f'{args.resume} holds the architecture {state["network"].get("arch")}, but --arch '
+                        f'{args.arch} was given')
+    for name in sorted(args.given):
+        resume, flag = flags.meaning(name).resume, parser.spelling(name)
+        if resume == flags.BEGIN:
+            parser.error(f'{flag} is where a new run begins; a resumed run has that from its checkpoint')
+        if resume == flags.NEVER and getattr(args, name) != state['args'].get(name):
+            parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
+                         f'the checkpoint has {state["args"].get(name)}')
+    held = state.get('optimizer_class', 'SGD')  # the only one when it was not yet written down
+    if 'optimizer' in args.given and args.optimizer != held:
+        parser.error(f'--optimizer cannot change when a run is resumed, as the checkpoint has the state of {held}; '
+                     f'was given {args.optimizer}')
+
+
+def check_position(state, steps, args):
+    """UserError if the checkpoint is of the middle of an epoch of other batches than this run has, which are `steps`.
+    """
+    if state.get('step'):
+        held = len(state['meter']['losses']), state['args']['train_batch'] * state['args']['batch_multiplier']
+        found = steps, args.train_batch * args.batch_multiplier
+        if found != held:
+            raise UserError(f'{args.resume} is of the middle of an epoch of {held[0]} batches of {held[1]} images, and '
+                            f'this run has {found[0]} of {found[1]}; the data and --train-batch cannot change until '
+                            'the epoch is over')
+
+
+def check_epochs(state, args, parser):
+    """Refuse to resume with fewer epochs than are behind."""
+    if args.epochs < state['epoch']:
+        parser.error(f'--epochs {args.epochs} is less than the {state["epoch"]} that {args.resume} has behind it')
+
+
+def check_images(args, state, part, found, drawn_by=''):
+    """Keep in a run's `state` what tells its images from others, `found`; say where a resumed run has others.
+
+    part: 'train' or 'test'. drawn_by: the flags that draw from these images. UserError if there are any, as they would
+    draw others, and images that were trained on might become those that choose the best epoch.
+    """
+    held = state.setdefault('images', {}).get(part, found)
+    state['images'][part] = found
+    if held != found and drawn_by:
+        raise UserError(f'the {part} images are not those of {args.resume} (then {held}, now {found}: check sum and '
+                        f'number), and {drawn_by} would draw others from them; restore them, or begin another run')
+    if held != found:
+        print(f'the {part} images are not those of {args.resume} (then {held}, now {found}: check sum and number)')
+
+
+def setting(args, state):
+    """What decides the result of training, as it is now: flag -> value, and what tells the training images."""
+    filled_in = methods.setting({name: getattr(args, name) for name in args.inherited})
+    return {**filled_in, 'training images': state.get('images', {}).get('train')}
+
+
+def changes(args, state, now, rates):
+    """What a run that is resumed will be trained with and was not until now: a list of at most one sentence.
+
+    now: its `setting`. rates: the learning rate at which it would have begun each epoch that is behind; flags about
+    the rate count as changed where that is not what the log says.
+    """
+    then = state.get('trained_with')
+    if then is None and args.resume and (state['epoch'] > args.start_epoch or state.get('step')):
+        then, now = methods.setting(state['args']), methods.setting(args.inherited)  # of a version that kept no setting
+    if then is None:
+        return []
+    names = {name for name in then.keys() & now.keys() if then[name] != now[name]} - {'data', 'epochs'}
+    other_rate = False
+    if not state.get('changes'):
+        names -= set(schedule.RATE_FLAGS)
+        other_rate = any(float(row[1]) != float(f'{rates[int(row[0]) - 1]:.6g}') for row in state.get('log', [])[1:])
+    words = [f'{name.replace("_", "-")} {_word(then[name])} -> {_word(now[name])}' for name in sorted(names)]
+    words += ['another learning rate'] * other_rate
+    batches = f' and {state["step"]} batches' if state.get('step') else ''
+    return [f'after epoch {state["epoch"]}{batches}: {", ".join(words)}'] if words else []
+
+
+def _word(value):
+    return ' '.join(map(str, value)) or 'none' if isinstance(value, (list, tuple)) else str(value)
