@@ -285,8 +285,8 @@ def test_a_folder_with_a_run_is_not_entered_by_accident(tmp_path):
     folder = tmp_path / 'run'
     output.claim(run_args(folder))
     output.claim(run_args(folder))  # empty is fine
-    names = ['.lock', 'args.json', 'checkpoint.pth.tar', 'log.txt', 'model_best.pth.tar', 'notes.md']
-    for name in names[1:]:
+    names = ['args.json', 'checkpoint.pth.tar', 'log.txt', 'model_best.pth.tar', 'notes.md']
+    for name in names:
         (folder / name).write_text('x')
     last, best = str(folder / 'checkpoint.pth.tar'), str(folder / 'model_best.pth.tar')
     for resume in (None, best, str(tmp_path / 'other.pth.tar')):
@@ -299,9 +299,9 @@ def test_a_folder_with_a_run_is_not_entered_by_accident(tmp_path):
     assert sorted(os.listdir(folder)) == names
     output.claim(run_args(tmp_path / 'fork', last))
     output.enter(run_args(tmp_path / 'fork', last), finished=False)
-    assert sorted(os.listdir(tmp_path / 'fork')) == ['.lock', 'model_best.pth.tar']
+    assert sorted(os.listdir(tmp_path / 'fork')) == ['model_best.pth.tar']
     output.enter(run_args(folder, overwrite=True), finished=False)
-    assert sorted(os.listdir(folder)) == ['.lock', 'notes.md']  # only what a run writes is replaced
+    assert sorted(os.listdir(folder)) == ['notes.md']  # only what a run writes is replaced
 
 
 def test_what_another_run_wrote_since_the_command_line_was_read_is_not_overwritten(tmp_path):

@@ -60,6 +60,15 @@ def _is_cpu_state(value):
     return True
 
 
+def _is_log(lines):
+    try:
+        epochs = [int(row[0]) for row in lines[1:]]
+        [float(word) for row in lines[1:] for word in row]
+    except (ValueError, IndexError):
+        return False
+    return len({len(line) for line in lines}) == 1 and epochs == sorted(set(epochs)) and min(epochs, default=1) > 0
+
+
 RANDOM_STATE = record(cpu=Kind('the state of a generator', _is_cpu_state), cuda=optional(BYTES))
 OPTIMIZER = record(
     state=Kind('a dict of dicts', lambda value: isinstance(value, dict) and all(
@@ -78,7 +87,8 @@ REQUIRED = {
 # Later versions added these.
 OPTIONAL = {
     'script': WORD, 'optimizer_class': WORD, 'ema': optional(TENSORS), 'other_random_states': list_of(RANDOM_STATE),
-    'step': COUNT, 'meter': optional(METER), 'seconds': NUMBER, 'log': list_of(list_of(WORD)),
+    'step': COUNT, 'meter': optional(METER), 'seconds': NUMBER,
+    'log': Kind('a header and rows of numbers', lambda value: list_of(list_of(WORD)).fits(value) and _is_log(value)),
     'images': dict_of(WORD), 'trained_with': dict_of(PLAIN), 'changes': list_of(WORD),
 }
 
@@ -103,6 +113,8 @@ def _contradiction(state):
         return f'it has the names of {classes} classes, and its network has {state["network"]["num_classes"]}'
     if not len(state['mean']) == len(state['std']) == 3:
         return 'mean and std do not have 3 channels'
+    if any(int(row[0]) > state['epoch'] for row in state.get('log', [])[1:]):
+        return f'its log goes beyond epoch {state["epoch"]}'
     if step and not (meter and len(meter['sizes']) == step < len(meter['losses']) and len(meter['correct']) == 2):
         return f'meter does not count the {step} batches of the epoch that are done'
     return None

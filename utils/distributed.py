@@ -4,6 +4,7 @@ Each process takes the same part of every batch; DistributedDataParallel average
 batch. Only the first process prints and writes files.
 """
 import contextlib
+import gc
 import inspect
 import os
 import sys
@@ -166,6 +167,13 @@ def connection_lost(error):
 
 
 def stop():
-    """Leave the process group, at the end."""
+    """Leave the process group, at the end: all processes together, with nothing left for a thread of the group to free.
+
+    Otherwise a thread that frees the last collective while Python ends aborts its process, and torchrun then kills the
+    first one, which may still write its report.
+    """
     if active():
+        gc.collect()  # networks in DistributedDataParallel hold the group in reference cycles
+        dist.barrier()
         dist.destroy_process_group()
+        gc.collect()

@@ -1,6 +1,5 @@
 """The folder that a run writes into: what is in it, and that one run at a time writes there."""
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -13,9 +12,8 @@ LAST, BEST, RESULT = 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json'  
 # All that a run writes into its folder. Other files there are not touched, and do not matter.
 RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', 'skipped.txt',
            RESULT)
-LOCK = '.lock'
 
-_locks = {}  # real path of a folder -> the open file whose lock this process holds until it ends
+_locks = {}  # real path of a folder -> the descriptor that holds its lock
 
 
 def results_in(folder):
@@ -69,24 +67,36 @@ def claim(args):
 
 
 def _lock(folder):
-    """Lock `folder`; the system frees the lock when this process ends, however it ends.
-
-    A lock of this kind is not inherited by the processes that read images, which outlive a killed run by seconds.
-    """
+    """Lock `folder` itself, without a file in it; the system frees the lock when this process ends, however it ends."""
     path = os.path.realpath(folder)
-    if path in _locks:  # closing a second file would free the lock of the first
-        return
-    file = open(os.path.join(path, LOCK), 'a')
+    release(path)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise UserError(f'another run is writing to --checkpoint {folder}; wait for its end, or use another '
-                            '--checkpoint') from error
-        print(f'--checkpoint {folder} is on a file system without locks ({error.strerror}); no other run may write '
-              'there meanwhile')
-    _locks[path] = file
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f'another run is writing to --checkpoint {folder}; wait for its end, or use another '
+                        '--checkpoint') from error
+    except OSError as error:  # some network file systems lock no folders
+        print(f'--checkpoint {folder} cannot be locked ({error.strerror}); no other run may write there meanwhile')
+    _locks[path] = descriptor
+
+
+def release(folder):
+    """Free the lock of `folder`, if this process holds it."""
+    descriptor = _locks.pop(os.path.realpath(folder), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _forget_locks():
+    for descriptor in _locks.values():
+        os.close(descriptor)
+    _locks.clear()
+
+
+# The processes that read images outlive a killed run by seconds; the lock must not.
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def enter(args, finished):

@@ -54,7 +54,8 @@ class Run:
         self.network = distributed.data_parallel(compiled)
         self.to_test = self.average.module if self.average else compiled
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
-        self.meter = self.bar = self.logger = None
+        self.meter = self.bar = self.logger = self.setting = None
+        self.changes = []  # of the setting, in the middle of training
         self.drawing_failed = False
         self.seconds = 0.0  # of training in the epoch that is running or has just run
 
@@ -74,7 +75,8 @@ class Run:
         if distributed.is_first():
             output.enter(args, finished=state['epoch'] >= args.epochs)
             self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
-            write_json(self.in_folder('args.json'), self._described())
+            described = self._described()
+            write_json(self.in_folder('args.json'), {**described, 'check sum': digest(described)})
             if not os.path.exists(self.in_folder(output.BEST)):
                 state['best'] = {'top1': -1.0, 'epoch': 0}
         state['best'] = distributed.broadcast(state['best'])
@@ -83,6 +85,7 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.bar:
             self.bar.finish()
+        output.release(self.args.checkpoint)
         if isinstance(error, RuntimeError) and 'killed by signal: Terminated' in str(error):
             raise self._with_sentence(Stopped(signal.SIGTERM)) from error  # a process that reads images got it first
         if isinstance(error, ValueError):
@@ -112,7 +115,8 @@ class Run:
         asked = time.perf_counter()
         began = asked - self.state.get('seconds', 0.0)
         self.state.update(step=0, meter=None, seconds=0.0)  # the next epoch begins at its first batch
-        self.state.update(trained_with=self.setting, changes=self.changes)
+        if self.setting:
+            self.state.update(trained_with=self.setting, changes=self.changes)
         with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
             for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
                 data_seconds = time.perf_counter() - asked
@@ -199,9 +203,10 @@ class Run:
                   'best': best, 'chosen by': 'validation' if chosen_by_validation else 'last epoch',
                   'test images': len(targets), 'parameters': count_parameters(self.model),
                   'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
-        # compare.py leaves a run out whose files are not those of this result any more.
-        result['check sums'] = {'log.txt': digest(self.logger.lines), 'args.json': digest(self._described()),
-                                'result.json': digest(result)}
+        # What compare.py checks. Seconds are checked by their sum, so that equal runs have equal check sums.
+        timeless = {name: value for name, value in result.items() if name != 'seconds per epoch'}
+        result['check sums'] = {'log.txt': digest([line[:-1] for line in self.logger.lines]),
+                                output.RESULT: digest(timeless)}
         write_json(self.in_folder(output.RESULT), result)
         note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if chosen_by_validation
                 else f'best test epoch {best["epoch"]}: {best["top1"]:.2f}%')
