@@ -1,8 +1,11 @@
 """Images in memory: held on the device as uint8, shuffled, cropped, flipped and normalised there a batch at a time."""
 import contextlib
+import functools
 import random
 import signal
 import sys
+import warnings
+from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils import distributed
+from utils.errors import one_line
 
 # torchvision is imported where it is used: it takes a second or more.
 
@@ -126,11 +130,9 @@ class Batches:
         if not self.transform:
             return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part])
                     for part in positions)
-        return torch.utils.data.DataLoader(
-            TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform, seeds),
-            batch_size=None, num_workers=self.workers,
-            multiprocessing_context='fork' if sys.platform == 'linux' else None,  # so that a transform may be a lambda
-            worker_init_fn=ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
+        batches = TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform,
+                                     seeds)
+        return read_ahead(batches, self.workers, seeds, pin_memory=self.device.type == 'cuda')
 
     def normalise(self, images):
         """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in channels_last; float images stay as
@@ -193,10 +195,55 @@ def _as_tensor(image):
     return torch.from_numpy(np.array(image.convert('RGB'))) if isinstance(image, Image.Image) else image
 
 
-def ignore_signals(worker):
-    """For a worker: Ctrl-C reaches every process of a terminal, and the main one stops the workers in good order."""
+def read_ahead(dataset, workers, seeds=(0,), **options):
+    """The items of `dataset` in their order, made by as many processes as `workers` says, or here if it is 0.
+
+    Needs no shared memory, of which a container has little: what a process makes comes through a pipe. Where no
+    process can be started, for want of memory or semaphores, it says so once and makes them here.
+    options: DataLoader's; without batch_size an item is a batch.
+    """
+    options = {'batch_size': None, 'generator': seeded_generator(*seeds), **options}
+    workers = min(workers, len(dataset))
+    if workers:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'This DataLoader will create')  # more than processors: on a slow disk
+            loader = torch.utils.data.DataLoader(
+                dataset, num_workers=workers, worker_init_fn=_begin_reader,
+                multiprocessing_context='fork' if sys.platform == 'linux' else None,  # a transform may be a lambda
+                **options)
+        try:
+            return iter(loader)
+        except OSError as error:
+            _say_without_readers(one_line(error))
+    return iter(torch.utils.data.DataLoader(dataset, **options))
+
+
+@functools.cache
+def _say_without_readers(reason):
+    print(f'no process can be started to read images ({reason}), so the training process reads them itself',
+          file=sys.stderr)
+
+
+def _begin_reader(worker):
+    # Ctrl-C reaches every process of a terminal, and the main one stops the workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ForkingPickler.register(torch.Tensor, _by_value)
+
+
+def _by_value(tensor):
+    """How a worker sends a tensor: its bytes, instead of a file in /dev/shm."""
+    return torch.from_numpy, (tensor.numpy(force=True),)
+
+
+def reader_lost(error):
+    """A sentence if `error` says that a process that reads images was killed from outside; otherwise None."""
+    if not isinstance(error, RuntimeError) or 'DataLoader worker' not in str(error):
+        return None
+    if 'killed by signal' not in str(error) and 'exited unexpectedly' not in str(error):
+        return None
+    return (f'a process that reads images was killed ({one_line(error)[:100]}), as happens where memory runs out; '
+            'try fewer of them, a smaller -j, or a smaller batch')
 
 
 def auto_augment(name, transforms=None, **options):

@@ -22,8 +22,14 @@ def replacing(path):
             os.remove(temporary)
 
 
+def open_text(path, mode='r', newline=None):
+    """A text file in UTF-8 whatever the locale; bytes of file names that are not UTF-8 are kept. newline: '' for csv."""
+    return open(path, mode, encoding='utf-8', errors='surrogateescape', newline=newline)
+
+
 def write_json(path, value):
-    with replacing(path) as temporary, open(temporary, 'w') as file:
+    """Pure ASCII, so that everything can read it; names have escapes."""
+    with replacing(path) as temporary, open_text(temporary, 'w') as file:
         json.dump(value, file, indent=2)
         file.write('\n')
 
