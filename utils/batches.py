@@ -1,11 +1,13 @@
 """Images in memory: held on the device as uint8, shuffled, cropped, flipped and normalised there a batch at a time."""
 import contextlib
 import functools
+import mmap
+import os
 import random
 import signal
 import sys
 import warnings
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import NamedTuple
 
 import numpy as np
@@ -198,8 +200,8 @@ def _as_tensor(image):
 def read_ahead(dataset, workers, seeds=(0,), **options):
     """The items of `dataset` in their order, made by as many processes as `workers` says, or here if it is 0.
 
-    Needs no shared memory, of which a container has little: what a process makes comes through a pipe. Where no
-    process can be started, for want of memory or semaphores, it says so once and makes them here.
+    Needs no room in /dev/shm, of which a container has little. Where no process can be started, for want of memory or
+    semaphores, it says so once and makes them here.
     options: DataLoader's; without batch_size an item is a batch.
     """
     options = {'batch_size': None, 'generator': seeded_generator(*seeds), **options}
@@ -228,12 +230,25 @@ def _begin_reader(worker):
     # Ctrl-C reaches every process of a terminal, and the main one stops the workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ForkingPickler.register(torch.Tensor, _by_value)
+    ForkingPickler.register(torch.Tensor, _send)
 
 
-def _by_value(tensor):
-    """How a worker sends a tensor: its bytes, instead of a file in /dev/shm."""
-    return torch.from_numpy, (tensor.numpy(force=True),)
+def _send(tensor):
+    """How a worker hands over a tensor: in a file of memory alone, which /dev/shm does not bound; as bytes if small."""
+    array = tensor.contiguous().numpy(force=True)
+    if array.size > 10000 and hasattr(os, 'memfd_create'):
+        with contextlib.suppress(OSError), open(os.memfd_create('batch'), 'wb') as file:  # too many open files: as bytes
+            file.write(array)
+            file.flush()
+            return _receive, (DupFd(file.fileno()), tensor.dtype, tensor.shape)
+    return torch.from_numpy, (array,)
+
+
+def _receive(handle, dtype, shape):
+    descriptor = handle.detach()
+    with open(descriptor, 'r+b') as file:
+        memory = mmap.mmap(file.fileno(), 0)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def reader_lost(error):

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models.base import count_parameters
 from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, schedule
 from utils.bar import ProgressLine
+from utils.batches import reader_lost
 from utils.errors import Stopped, UserError
 from utils.eval import Meter, metrics_line, quantities
 from utils.files import write_json
@@ -82,6 +83,8 @@ class Run:
             self.bar.finish()
         if isinstance(error, RuntimeError) and 'killed by signal: Terminated' in str(error):
             raise self._with_sentence(Stopped(signal.SIGTERM)) from error  # a process that reads images got it first
+        if lost := reader_lost(error):
+            raise UserError(f'{lost}; the finished epochs are kept, resume with: {self._how_to_resume()}') from error
         if isinstance(error, ValueError):
             with single_image_explained(self.args, len(self.batches['train'].labels)):
                 raise error
@@ -226,11 +229,13 @@ class Run:
                 'try a smaller --lr, a --warmup or a --clip-norm')
 
     def _with_sentence(self, stop):
-        how = f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(checkpoint.LAST))}'
-        if distributed.active():
-            how = 'the same command and --resume auto'
-        stop.sentence = f'Stopped; the finished epochs are kept. Resume with: {how}'
+        stop.sentence = f'Stopped; the finished epochs are kept. Resume with: {self._how_to_resume()}'
         return stop
+
+    def _how_to_resume(self):
+        if distributed.active():
+            return 'the same command and --resume auto'
+        return f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(checkpoint.LAST))}'
 
 
 def validate(args, state, regime, parser):
@@ -274,6 +279,8 @@ def _stop(signum, frame):
 
 def run_script(main):
     """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal after SIGINT or SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # what a terminal cannot show never ends a run
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -283,6 +290,8 @@ def run_script(main):
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')
         except RuntimeError as error:
+            if lost := reader_lost(error):
+                sys.exit(f'error: {lost}')
             if not distributed.connection_lost(error):
                 raise
             sys.exit('error: another process has ended, so this one does too')
