@@ -280,7 +280,8 @@ def _stop(signum, frame):
 def run_script(main):
     """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal after SIGINT or SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # what a terminal cannot show never ends a run
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # what a terminal cannot show never ends a run
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
