@@ -2,6 +2,9 @@
 import contextlib
 import json
 import os
+import warnings
+
+from utils.errors import shown
 
 
 @contextlib.contextmanager
@@ -34,8 +37,16 @@ def write_json(path, value):
         file.write('\n')
 
 
+def drawn(text):
+    """A name as Matplotlib draws it: what is between two $ is no formula, and a legend does not leave out a _."""
+    text = shown(text).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
+
+
 def save_figure(figure, *paths, dpi=120):
-    """Draw a Matplotlib figure into each file of `paths`, in the format of its ending."""
+    """Draw a Matplotlib figure into each file of `paths`, in the format of its ending. Names in it go through `drawn`.
+    """
     for path in paths:
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph .* missing')  # a letter that the font lacks is drawn as a box
             figure.savefig(temporary, dpi=dpi)

@@ -2,7 +2,7 @@
 import os
 
 from utils.errors import UserError
-from utils.files import replacing, save_figure
+from utils.files import open_text, replacing, save_figure
 
 
 class Logger:
@@ -10,12 +10,12 @@ class Logger:
 
     def __init__(self, path, columns, rows=()):
         self.path = path
-        with replacing(path) as temporary, open(temporary, 'w') as file:
+        with replacing(path) as temporary, open_text(temporary, 'w') as file:
             file.write('\t'.join(columns) + '\n')
             file.writelines('\t'.join(row) + '\n' for row in rows)
 
     def append(self, values):
-        with open(self.path, 'a') as file:
+        with open_text(self.path, 'a') as file:
             file.write('\t'.join(_text(value) for value in values) + '\n')
             file.flush()
             os.fsync(file.fileno())
@@ -34,7 +34,7 @@ def read_rows(path, columns, epochs):
     if path is None or not os.path.exists(path):
         return []
     try:
-        with open(path) as file:
+        with open_text(path) as file:
             header, *rows = [line.split('\t') for line in file.read().splitlines()]
         if header != columns:
             raise ValueError(f'its columns are {", ".join(header)}')
@@ -47,7 +47,7 @@ def read_rows(path, columns, epochs):
 
 def read_log(path):
     """A log as a dict of column name -> list of floats."""
-    with open(path) as file:
+    with open_text(path) as file:
         names, *rows = [line.rstrip('\n').split('\t') for line in file]
     return {name: [float(row[i]) for row in rows] for i, name in enumerate(names)}
 
