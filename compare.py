@@ -17,7 +17,7 @@ from typing import NamedTuple
 from utils import datasets, methods
 from utils.errors import UserError
 from utils.files import drawn, open_text, save_figure
-from utils.flags import Parser, meaning, with_todays_names
+from utils.flags import Parser, file_path, meaning, with_todays_names
 from utils.lab.checkpoints import SCRIPTS
 from utils.metrics import plus_minus, spread
 from utils.run import run_script
@@ -102,12 +102,14 @@ def parse_arguments():
     parser = Parser(prog='compare.py', usage='python compare.py checkpoints/* [flags]',
                     description='One row per setting, over all of its seeds, from the folders that cifar.py and '
                                 'imagenet.py write.')
-    parser.add_argument('folders', nargs='*', metavar='DIR', help='runs, or folders with runs somewhere below them')
+    parser.add_argument('folders', nargs='*', type=file_path, metavar='DIR',
+                        help='runs, or folders with runs somewhere below them')
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--markdown', action='store_true', help='print a Markdown table')
     group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
                                                           'stderr')
-    parser.add_argument('--plot', metavar='FILE', help='draw top-1 accuracy over epochs into a .png or .pdf')
+    parser.add_argument('--plot', type=file_path, metavar='FILE',
+                        help='draw top-1 accuracy over epochs into a .png or .pdf')
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')

@@ -26,8 +26,9 @@ def make_parser():
                           usage='python imagenet.py --data DIR --arch resnet18 --method dma --coef 0.5 [flags]',
                           description="Train and evaluate torchvision's image classifiers on folders of images.")
     group = parser.add_argument_group('data')
-    group.add_argument('-d', '--data', metavar='DIR', help='with DIR/train/CLASS/* and DIR/val/CLASS/*')
-    group.add_argument('-j', '--workers', type=bounded(int, 0), default=min(8, os.cpu_count() or 1), metavar='N',
+    group.add_argument('-d', '--data', type=flags.file_path, metavar='DIR',
+                       help='with DIR/train/CLASS/* and DIR/val/CLASS/*')
+    group.add_argument('-j', '--workers', type=bounded(int, 0), default=min(8, image_batches.processors()), metavar='N',
                        help='processes that read images, of each training process (8, or as many as processors)')
     group.add_argument('--image-size', type=bounded(int, 1), metavar='N',
                        help='side of the images (224, or as the network needs)')

@@ -28,7 +28,7 @@ from utils.batches import seeded_generator
 from utils.errors import Stopped, UserError
 from utils.eval import quantities
 from utils.files import drawn, save_figure
-from utils.flags import Parser, bounded
+from utils.flags import Parser, bounded, file_path
 from utils.lab import checkpoints
 from utils.lab.scan import Scan
 from utils.run import run_script
@@ -57,7 +57,7 @@ def parse_arguments():
     parser = Parser(prog='visualize_sharpness.py', usage='python visualize_sharpness.py FILE [FILE ...] [flags]',
                     description=__doc__.split('\n')[0])
     checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
-    parser.add_argument('--slave-evaluate', metavar='FILE', help='the same as a second FILE')
+    parser.add_argument('--slave-evaluate', type=file_path, metavar='FILE', help='the same as a second FILE')
     group = parser.add_argument_group('what is drawn')
     group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way '
                                                                      'to the second '

@@ -197,6 +197,11 @@ def _as_tensor(image):
     return torch.from_numpy(np.array(image.convert('RGB'))) if isinstance(image, Image.Image) else image
 
 
+def processors():
+    """How many processors this process may use, of which a container may have fewer than its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def read_ahead(dataset, workers, seeds=(0,), **options):
     """The items of `dataset` in their order, made by as many processes as `workers` says, or here if it is 0.
 
