@@ -14,7 +14,7 @@ from utils import batches as image_batches, checkpoint, device as devices, distr
 from utils import methods, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.eval import Meter, cross_entropy, metrics_line
 from utils.flags import bounded
 from utils.parts import Parts, check_batch, smallest_part
@@ -209,11 +209,6 @@ def build(args, architecture, pretrained=False):
         return methods.attach_loss_terms(args, model)
     except ValueError as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if not pretrained:
-            raise
-        reason = one_line(error)[:200]
-        raise UserError(f'the weights of {args.arch} could not be downloaded whole ({reason})') from error
 
 
 def load_part(args, state, part):

@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import shutil
+import warnings
 
 import torch
 
@@ -105,7 +106,9 @@ def _read_file(path):
     if not os.path.exists(path):
         raise UserError(f'there is no checkpoint {path}')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch's words about what is refused, or fits
+            return torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # the zip, pickle and tensor readers each have kinds of their own
@@ -131,6 +134,7 @@ def initialise(model, path):
     if not fitting:
         raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and '
                         f'the network has {_listed(wanted)}')
+    _refuse_nan(fitting, path)
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
     for what, names in (('of another shape there, so left out', held.keys() & wanted.keys() - fitting.keys()),
@@ -249,10 +253,18 @@ def load_model(model, state, asked, path, to_test=False):
     if held != asked:
         differing = sorted(name for name in held.keys() | asked.keys() if held.get(name) != asked.get(name))
         raise UserError(f'{path} holds {_phrase(held, differing)}, but {_phrase(asked, differing)} was asked for')
+    weights = weights_to_test(state) if to_test else state['state_dict']
+    _refuse_nan(weights, path)
     try:
-        model.load_state_dict(weights_to_test(state) if to_test else state['state_dict'])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f'the weights in {path} do not fit {asked["arch"]}: {one_line(error)[:200]}') from error
+
+
+def _refuse_nan(weights, path):
+    for name, tensor in weights.items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.isnan().any():
+            raise UserError(f'the weights in {path} are NaN ({name}), so there is nothing to train or to measure')
 
 
 def _phrase(architecture, names):

@@ -15,6 +15,8 @@ class Stopped(KeyboardInterrupt):
 
 def one_line(error):
     """The text of an exception in one line; its kind if it has none."""
+    if isinstance(getattr(error, 'reason', None), OSError):  # what is inside of `<urlopen error ...>`
+        error = error.reason
     return ' '.join(str(error).split()) or type(error).__name__
 
 
