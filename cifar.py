@@ -25,8 +25,9 @@ def make_parser():
     group = parser.add_argument_group('data')
     group.add_argument('-d', '--dataset', type=datasets.dataset_name, default='cifar10', metavar='NAME',
                        help=f'{", ".join(datasets.DATASETS)}, or module:Class, a torch Dataset of your own')
-    group.add_argument('--data', default='data', metavar='DIR', help='where the data is, or is downloaded to (data)')
-    group.add_argument('-j', '--workers', type=bounded(int, 1), default=min(4, os.cpu_count() or 1), metavar='N',
+    group.add_argument('--data', type=flags.file_path, default='data', metavar='DIR',
+                       help='where the data is, or is downloaded to (data)')
+    group.add_argument('-j', '--workers', type=bounded(int, 1), default=min(4, image_batches.processors()), metavar='N',
                        help='threads that read a folder, processes that transform single images (4, or all processors)')
     group.add_argument('--image-size', type=bounded(int, 32), default=32, metavar='N',
                        help='side of the images of a folder or of a data set of your own (32)')
@@ -204,7 +205,7 @@ def load_split(args, state, part):
     if split.classes != classes:
         raise UserError(f'{args.resume} knows the classes {" ".join(classes[:10])}, but {args.dataset} has '
                         f'{" ".join(split.classes[:10])}')
-    resume.check_images(args, state, part, datasets.fingerprint(args.dataset, args.data, part, split),
+    resume.check_images(args, state, part, datasets.fingerprint(split),
                         conditions.drawn_by(args) if part == 'train' else '')
     return split
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from utils import datasets, methods
 from utils.errors import UserError
-from utils.files import save_figure
-from utils.flags import Parser, meaning, with_todays_names
+from utils.files import drawn, open_text, save_figure
+from utils.flags import Parser, file_path, meaning, with_todays_names
 from utils.lab.checkpoints import SCRIPTS
 from utils.metrics import plus_minus, spread
 from utils.run import run_script
@@ -102,12 +102,14 @@ def parse_arguments():
     parser = Parser(prog='compare.py', usage='python compare.py checkpoints/* [flags]',
                     description='One row per setting, over all of its seeds, from the folders that cifar.py and '
                                 'imagenet.py write.')
-    parser.add_argument('folders', nargs='*', metavar='DIR', help='runs, or folders with runs somewhere below them')
+    parser.add_argument('folders', nargs='*', type=file_path, metavar='DIR',
+                        help='runs, or folders with runs somewhere below them')
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--markdown', action='store_true', help='print a Markdown table')
     group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
                                                           'stderr')
-    parser.add_argument('--plot', metavar='FILE', help='draw top-1 accuracy over epochs into a .png or .pdf')
+    parser.add_argument('--plot', type=file_path, metavar='FILE',
+                        help='draw top-1 accuracy over epochs into a .png or .pdf')
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
@@ -212,7 +214,7 @@ def read_run(folder, flags):
 
 def read_json(folder, name):
     try:
-        with open(os.path.join(folder, name)) as file:
+        with open_text(os.path.join(folder, name)) as file:
             return json.load(file)
     except ValueError as error:
         raise ValueError(f'{name} is not JSON') from error
@@ -222,7 +224,7 @@ def read_curve(folder):
     """Epoch -> top-1 on the test or validation set, from log.txt. A last row that was not written to its end is left
     out.
     """
-    with open(os.path.join(folder, 'log.txt'), errors='replace') as file:
+    with open_text(os.path.join(folder, 'log.txt')) as file:
         rows = [line.rstrip('\n').split('\t') for line in file if line.endswith('\n')]
     names = rows.pop(0) if rows else []
     if rows and len(rows[-1]) < len(names):
@@ -346,14 +348,14 @@ def plot(path, settings, names, shared):
     for index, (name, runs) in enumerate(zip(names, settings)):
         epochs = sorted(set.intersection(*(set(one.curve) for one in runs)))
         means, deviations = zip(*(spread([one.curve[epoch] for one in runs]) for epoch in epochs))
-        line, = axes.plot(epochs, means, label=f'{name}, n = {len(runs)}', marker='.' if len(epochs) < 30 else None,
+        line, = axes.plot(epochs, means, label=drawn(f'{name}, n = {len(runs)}'), marker='.' if len(epochs) < 30 else None,
                           linestyle=('-', '--', ':', '-.')[index // 10 % 4])  # there are ten colours
         if len(runs) > 1:
             low, high = ([mean + sign * d for mean, d in zip(means, deviations)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     parts = sorted({'validation' if own[0].chosen else 'test' for own in settings})
     axes.set(xlabel='epoch', ylabel=f'{" or ".join(parts)} top-1 accuracy (%)')
-    axes.set_title(shared, fontsize='small', wrap=True)
+    axes.set_title(drawn(shared), fontsize='small', wrap=True)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', fontsize='small')

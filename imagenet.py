@@ -14,7 +14,7 @@ from utils import batches as image_batches, checkpoint, device as devices, distr
 from utils import methods, output, resume, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.eval import Meter, cross_entropy, metrics_line
 from utils.flags import bounded
 from utils.parts import Parts, check_batch, smallest_part
@@ -26,8 +26,9 @@ def make_parser():
                           usage='python imagenet.py --data DIR --arch resnet18 --method dma --coef 0.5 [flags]',
                           description="Train and evaluate torchvision's image classifiers on folders of images.")
     group = parser.add_argument_group('data')
-    group.add_argument('-d', '--data', metavar='DIR', help='with DIR/train/CLASS/* and DIR/val/CLASS/*')
-    group.add_argument('-j', '--workers', type=bounded(int, 0), default=min(8, os.cpu_count() or 1), metavar='N',
+    group.add_argument('-d', '--data', type=flags.file_path, metavar='DIR',
+                       help='with DIR/train/CLASS/* and DIR/val/CLASS/*')
+    group.add_argument('-j', '--workers', type=bounded(int, 0), default=min(8, image_batches.processors()), metavar='N',
                        help='processes that read images, of each training process (8, or as many as processors)')
     group.add_argument('--image-size', type=bounded(int, 1), metavar='N',
                        help='side of the images (224, or as the network needs)')
@@ -213,11 +214,6 @@ def build(args, architecture, pretrained=False):
         return methods.attach_loss_terms(args, model)
     except ValueError as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if not pretrained:
-            raise
-        reason = one_line(error)[:200]
-        raise UserError(f'the weights of {args.arch} could not be downloaded whole ({reason})') from error
 
 
 def load_part(args, state, part):

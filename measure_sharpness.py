@@ -33,7 +33,7 @@ from utils import metrics
 from utils.batches import seeded_generator
 from utils.device import environment
 from utils.errors import Stopped, UserError
-from utils.files import write_json
+from utils.files import open_text, write_json
 from utils.flags import Parser, bounded
 from utils.lab import checkpoints
 from utils.run import run_script
@@ -281,7 +281,7 @@ def read(path):
     if not os.path.exists(path):
         return []
     try:
-        with open(path) as file:
+        with open_text(path) as file:
             entries = json.load(file)
         for entry in entries:
             cells(entry['measure'], entry['result'])

@@ -27,8 +27,8 @@ from utils.bar import ProgressLine
 from utils.batches import seeded_generator
 from utils.errors import Stopped, UserError
 from utils.eval import quantities
-from utils.files import save_figure
-from utils.flags import Parser, bounded
+from utils.files import drawn, save_figure
+from utils.flags import Parser, bounded, file_path
 from utils.lab import checkpoints
 from utils.lab.scan import Scan
 from utils.run import run_script
@@ -57,7 +57,7 @@ def parse_arguments():
     parser = Parser(prog='visualize_sharpness.py', usage='python visualize_sharpness.py FILE [FILE ...] [flags]',
                     description=__doc__.split('\n')[0])
     checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
-    parser.add_argument('--slave-evaluate', metavar='FILE', help='the same as a second FILE')
+    parser.add_argument('--slave-evaluate', type=file_path, metavar='FILE', help='the same as a second FILE')
     group = parser.add_argument_group('what is drawn')
     group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way '
                                                                      'to the second '
@@ -213,7 +213,7 @@ def draw_curves(args, scans, *pictures):
             for part, style in zip(args.mode, ('-', '--', ':')):
                 curves = [column(table, args, f'{part} {quantity}', index) for index in range(args.directions)]
                 means, deviations = zip(*(metrics.spread(values) for values in zip(*curves)))
-                axes.plot(args.alpha, np.array(means), style, color=f'C{color}', label=f'{label} {part}'.strip())
+                axes.plot(args.alpha, np.array(means), style, color=f'C{color}', label=drawn(f'{label} {part}'.strip()))
                 if len(curves) > 1:
                     low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)]
                                  for sign in (-1, 1))
@@ -246,7 +246,7 @@ def draw_surface(args, scans, *pictures):
         height = np.log10(losses.clip(min=1e-10))
         flat = figure.add_subplot(len(args.mode), 2, 2 * row + 1)
         flat.plot(0, 0, 'r+')
-        flat.set(xlabel='alpha', ylabel='beta', title=f'{label} {part}', aspect='equal')
+        flat.set(xlabel='alpha', ylabel='beta', title=drawn(f'{label} {part}'), aspect='equal')
         solid = figure.add_subplot(len(args.mode), 2, 2 * row + 2, projection='3d')
         solid.set(xlabel='alpha', ylabel='beta')
         solid.locator_params(nbins=5)

@@ -93,7 +93,6 @@ def test_a_class_without_images_has_no_accuracy_and_one_never_predicted_has_0():
     assert matrix.tolist() == [[2, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.filterwarnings('ignore:A single label')
 def test_a_single_class_is_always_right():
     values, matrix = metrics.of_classes(np.ones((5, 1), dtype=np.float32), np.zeros(5, dtype=int))
     assert values == {'balanced accuracy': 100, 'calibration error': 0,

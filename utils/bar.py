@@ -17,7 +17,7 @@ class ProgressLine(Bar):
     width = 20
 
     def __init__(self, title, total, unit='batch', file=None):
-        file = file or (sys.stderr if distributed.is_first() else open(os.devnull, 'w'))
+        file = file or (sys.stderr if distributed.is_first() else open(os.devnull, 'w', errors='backslashreplace'))
         super().__init__(title.replace('%', '%%'), max=total, file=file)
         self.unit = unit
         self.interval, self.read = (0.5 if self.is_tty() else 5.0), time.perf_counter()

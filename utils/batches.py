@@ -1,8 +1,13 @@
 """Images in memory: held on the device as uint8, shuffled, cropped, flipped and normalised there a batch at a time."""
 import contextlib
+import functools
+import mmap
+import os
 import random
 import signal
 import sys
+import warnings
+from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import NamedTuple
 
 import numpy as np
@@ -11,15 +16,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils import distributed
+from utils.errors import one_line
 
 # torchvision is imported where it is used: it takes a second or more.
 
 
 class Split(NamedTuple):
-    """images: uint8 (N, height, width, 3). labels: int64 (N,). classes: list of names."""
+    """images: uint8 (N, height, width, 3). labels: int64 (N,). classes: list of names.
+
+    source: what tells the files that the images were decoded from; '' where they are the data set itself.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     classes: list
+    source: str = ''
 
     def subset(self, indices):
         return Split(self.images[indices], self.labels[indices], self.classes)
@@ -126,11 +136,9 @@ class Batches:
         if not self.transform:
             return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part])
                     for part in positions)
-        return torch.utils.data.DataLoader(
-            TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform, seeds),
-            batch_size=None, num_workers=self.workers,
-            multiprocessing_context='fork' if sys.platform == 'linux' else None,  # so that a transform may be a lambda
-            worker_init_fn=ignore_signals, pin_memory=self.device.type == 'cuda', generator=seeded_generator(*seeds))
+        batches = TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform,
+                                     seeds)
+        return read_ahead(batches, self.workers, seeds, pin_memory=self.device.type == 'cuda')
 
     def normalise(self, images):
         """uint8 (batch, height, width, 3) -> float (batch, 3, height, width) in channels_last; float images stay as
@@ -193,10 +201,73 @@ def _as_tensor(image):
     return torch.from_numpy(np.array(image.convert('RGB'))) if isinstance(image, Image.Image) else image
 
 
-def ignore_signals(worker):
-    """For a worker: Ctrl-C reaches every process of a terminal, and the main one stops the workers in good order."""
+def processors():
+    """How many processors this process may use, of which a container may have fewer than its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def read_ahead(dataset, workers, seeds=(0,), **options):
+    """The items of `dataset` in their order, made by as many processes as `workers` says, or here if it is 0.
+
+    Needs no room in /dev/shm, of which a container has little. Where no process can be started, for want of memory or
+    semaphores, it says so once and makes them here.
+    options: DataLoader's; without batch_size an item is a batch.
+    """
+    options = {'batch_size': None, 'generator': seeded_generator(*seeds), **options}
+    workers = min(workers, len(dataset))
+    if workers:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'This DataLoader will create')  # more than processors: on a slow disk
+            loader = torch.utils.data.DataLoader(
+                dataset, num_workers=workers, worker_init_fn=_begin_reader,
+                multiprocessing_context='fork' if sys.platform == 'linux' else None,  # a transform may be a lambda
+                **options)
+        try:
+            return iter(loader)
+        except OSError as error:
+            _say_without_readers(one_line(error))
+    return iter(torch.utils.data.DataLoader(dataset, **options))
+
+
+@functools.cache
+def _say_without_readers(reason):
+    print(f'no process can be started to read images ({reason}), so the training process reads them itself',
+          file=sys.stderr)
+
+
+def _begin_reader(worker):
+    # Ctrl-C reaches every process of a terminal, and the main one stops the workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ForkingPickler.register(torch.Tensor, _send)
+
+
+def _send(tensor):
+    """How a worker hands over a tensor: in a file of memory alone, which /dev/shm does not bound; as bytes if small."""
+    array = tensor.contiguous().numpy(force=True)
+    if array.size > 10000 and hasattr(os, 'memfd_create'):
+        with contextlib.suppress(OSError), open(os.memfd_create('batch'), 'wb') as file:  # too many open files: as bytes
+            file.write(array)
+            file.flush()
+            return _receive, (DupFd(file.fileno()), tensor.dtype, tensor.shape)
+    return torch.from_numpy, (array,)
+
+
+def _receive(handle, dtype, shape):
+    descriptor = handle.detach()
+    with open(descriptor, 'r+b') as file:
+        memory = mmap.mmap(file.fileno(), 0)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+def reader_lost(error):
+    """A sentence if `error` says that a process that reads images was killed from outside; otherwise None."""
+    if not isinstance(error, RuntimeError) or 'DataLoader worker' not in str(error):
+        return None
+    if 'killed by signal' not in str(error) and 'exited unexpectedly' not in str(error):
+        return None
+    return (f'a process that reads images was killed ({one_line(error)[:100]}), as happens where memory runs out; '
+            'try fewer of them, a smaller -j, or a smaller batch')
 
 
 def auto_augment(name, transforms=None, **options):

@@ -88,6 +88,7 @@ def initialise(model, path):
     if not fitting:
         raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and '
                         f'the network has {_listed(wanted)}')
+    _refuse_nan(fitting, path)
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
     for what, names in (('of another shape there, so left out', held.keys() & wanted.keys() - fitting.keys()),
@@ -116,7 +117,9 @@ def load_model(model, state, asked, path, to_test=False):
     if held != asked:
         differing = sorted(name for name in held.keys() | asked.keys() if held.get(name) != asked.get(name))
         raise UserError(f'{path} holds {_phrase(held, differing)}, but {_phrase(asked, differing)} was asked for')
-    load_weights(model, weights_to_test(state) if to_test else state['state_dict'], path)
+    weights = weights_to_test(state) if to_test else state['state_dict']
+    _refuse_nan(weights, path)
+    load_weights(model, weights, path)
 
 
 def load_weights(model, weights, path):
@@ -128,6 +131,12 @@ def load_weights(model, weights, path):
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f'the weights in {path} do not fit this network: {one_line(error)[:200]}') from error
+
+
+def _refuse_nan(weights, path):
+    for name, tensor in weights.items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.isnan().any():
+            raise UserError(f'the weights in {path} are NaN ({name}), so there is nothing to train or to measure')
 
 
 def _phrase(architecture, names):

@@ -1,6 +1,5 @@
 """The data sets that cifar.py knows: listed, fetched, checked, read as uint8 images."""
 import argparse
-import json
 import os
 import re
 import shutil
@@ -15,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from utils import own_dataset
+from utils import memory, own_dataset
 from utils.batches import Split
 from utils.errors import UserError, one_line
+from utils.files import digest
+from utils.image_files import check_alike, list_images, open_image, readers_quiet
 
 # torchvision and scikit-learn are imported where they are used: each takes a second or more, and no run needs all of
 # both.
@@ -45,6 +46,7 @@ DATASETS = {
     'digits': Known(10, 1437, False),
     'folder': Known(None, None, True),  # counted by describe()
 }
+PARTS = ('train', 'test')  # of a folder
 
 
 def dataset_name(text):
@@ -68,15 +70,19 @@ def describe(name, root, image_size=32, workers=4):
     """
     if own_dataset.is_own(name):
         split = _read[name, root, 'train', image_size] = own_dataset.load(name, root, 'train', image_size, workers)
+        if split.labels.unique().numel() < 2:
+            raise UserError(f'--dataset {name} has images of a single class, {split.classes[split.labels[0]]}, to train '
+                            'on; a classifier needs at least two')
         return Known(len(split.classes), len(split.labels), True)
     if name != 'folder':
         return DATASETS[name]
-    folder, test = (_list_folder(root, part) for part in ('train', 'test'))
-    if folder.classes != test.classes:
-        differing = sorted(set(folder.classes) ^ set(test.classes))
-        raise UserError(f'{root}/train and {root}/test must have the same class folders, but only one of them has: '
-                        + ', '.join(differing))
-    return Known(len(folder.classes), len(folder.samples), True)
+    listed = {part: list_images(root, part, PARTS) for part in PARTS}
+    check_alike(root, {part: classes for part, (_, _, classes) in listed.items()})
+    images = sum(len(paths) for paths, _, _ in listed.values())
+    memory.check(images * image_size ** 2 * 3, f'{images} images of {image_size}x{image_size} pixels', '--image-size')
+    _listed.update({(root, part): own for part, own in listed.items()})
+    paths, _, classes = listed['train']
+    return Known(len(classes), len(paths), True)
 
 
 def load(name, root, part, image_size=32, workers=4):
@@ -96,21 +102,18 @@ def load(name, root, part, image_size=32, workers=4):
     return _checked(split, f'{name} ({part})')
 
 
-def fingerprint(name, root, part, split):
-    """A word that tells this part of a data set, in this order, from any other.
+def fingerprint(split):
+    """A word that tells the images and labels of a split, in this order, from any other's.
 
-    That of `folder` is of the names and sizes of its files, as decoders differ by machine, that of a data set of one's
-    own which is too large for memory of its labels alone.
+    Of files that were decoded their names and sizes count, as decoders differ by machine; of a data set of one's own
+    that is too large for memory the labels alone.
     """
-    pixels = split.images.numpy() if isinstance(split, Split) else b''
-    if name == 'folder':
-        path = os.path.join(root, part)
-        files = [file for file, _ in _list_folder(root, part).samples]
-        pixels = json.dumps([(os.path.relpath(file, path), os.path.getsize(file)) for file in files]).encode()
+    source = getattr(split, 'source', '').encode()
+    pixels = split.images.numpy() if isinstance(split, Split) and not source else source
     return f'{zlib.crc32(split.labels.numpy(), zlib.crc32(pixels)):08x} of {len(split.labels)}'
 
 
-_read = {}  # what `describe` has read and `load` has not yet returned
+_read, _listed = {}, {}  # what `describe` has read and listed, and `load` has not yet returned
 
 
 def _checked(split, what):
@@ -145,52 +148,26 @@ def _three_channels(images):
     return images.expand(-1, -1, -1, 3).contiguous()
 
 
-def _list_folder(root, part):
-    from torchvision.datasets import ImageFolder
-
-    path = os.path.join(root, part)
-    if not os.path.isdir(path):
-        raise UserError('--dataset folder reads --data DIR with DIR/train/CLASS/*.png|jpg and '
-                        'DIR/test/CLASS/*.png|jpg, '
-                        f'but there is no folder {path}')
-    try:
-        return ImageFolder(path)
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: {" ".join(str(error).split())}') from error
-
-
-def open_image(path):
-    """The image in a file, as RGB; ValueError with the reason, in one line, if it is damaged or has above 8 bits a
-    channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(('I', 'F')):
-                raise ValueError(f'mode {image.mode}: more than 8 bits a channel')
-            return image.convert('RGB')
-    except Exception as error:  # PIL's readers of the many formats raise many kinds
-        raise ValueError(one_line(error)) from error
-
-
 def _folder(root, part, image_size, workers):
-    folder = _list_folder(root, part)
+    paths, labels, classes = _listed.pop((root, part), None) or list_images(root, part, PARTS)
 
-    def read(sample):
+    def read(path):
         try:
             # Scales the shorter side and cuts out the centre; an image of the right size stays as it is.
-            return np.asarray(ImageOps.fit(open_image(sample[0]), (image_size, image_size), Image.Resampling.BILINEAR))
+            return np.asarray(ImageOps.fit(open_image(path), (image_size, image_size), Image.Resampling.BILINEAR))
         except ValueError as error:
-            raise UserError(f'{sample[0]} cannot be read as an image ({error}); mend or remove it') from error
+            raise UserError(f'{path} cannot be read as an image ({error}); mend or remove it') from error
 
-    images = np.empty((len(folder.samples), image_size, image_size, 3), dtype=np.uint8)
-    with ThreadPoolExecutor(workers) as pool:
+    images = np.empty((len(paths), image_size, image_size, 3), dtype=np.uint8)
+    with readers_quiet(), ThreadPoolExecutor(workers) as pool:
         try:
-            for index, image in enumerate(pool.map(read, folder.samples)):
+            for index, image in enumerate(pool.map(read, paths)):
                 images[index] = image
         except BaseException:
             pool.shutdown(cancel_futures=True)  # a bad image, or Ctrl-C, does not wait for the rest
             raise
-    return Split(torch.from_numpy(images), torch.tensor(folder.targets), folder.classes)
+    files = [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths]
+    return Split(torch.from_numpy(images), torch.tensor(labels), classes, digest(files))
 
 
 def _torchvision(name, root, part):

@@ -40,7 +40,7 @@ def environment(device):
     def git(*command):
         try:
             return subprocess.run(('git', *command), cwd=pathlib.Path(__file__).parent, capture_output=True,
-                                  text=True).stdout.strip()
+                                  text=True, errors='replace').stdout.strip()
         except OSError:  # no git here
             return ''
 
@@ -53,7 +53,7 @@ def environment(device):
 
 def _processor():
     try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        lines = pathlib.Path('/proc/cpuinfo').read_text(errors='replace').splitlines()
         return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

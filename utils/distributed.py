@@ -34,7 +34,7 @@ def start():
     dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', rank=own_rank, world_size=processes,
                             store=_store_of_this_start(store, own_rank, processes))
     if not is_first():
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w', errors='backslashreplace')
 
 
 def _store_of_this_start(store, own_rank, processes):

@@ -15,4 +15,13 @@ class Stopped(KeyboardInterrupt):
 
 def one_line(error):
     """The text of an exception in one line; its kind if it has none."""
+    if isinstance(getattr(error, 'reason', None), OSError):  # what is inside of `<urlopen error ...>`
+        error = error.reason
     return ' '.join(str(error).split()) or type(error).__name__
+
+
+def shown(text):
+    """A name as it can be printed anywhere: in one line, with escapes for control characters and undecoded bytes."""
+    if text.isprintable():
+        return text
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)

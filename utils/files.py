@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import shutil
+import warnings
 import zlib
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 
 class NotWritten(UserError):
@@ -58,9 +59,15 @@ def megabytes(size):
     return f'{size / 1e6:.4g} MB' if size < 1e9 else f'{size / 1e9:.4g} GB'
 
 
+def open_text(path, mode='r', newline=None):
+    """A text file in UTF-8 whatever the locale; bytes of file names that are not UTF-8 are kept. newline: '' for csv."""
+    return open(path, mode, encoding='utf-8', errors='surrogateescape', newline=newline)
+
+
 def write_json(path, value):
+    """Pure ASCII, so that everything can read it; names have escapes."""
     text = json.dumps(value, indent=2) + '\n'
-    with replacing(path, len(text)) as temporary, open(temporary, 'w') as file:
+    with replacing(path, len(text)) as temporary, open_text(temporary, 'w') as file:
         file.write(text)
 
 
@@ -69,8 +76,16 @@ def digest(value):
     return f'{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}'
 
 
+def drawn(text):
+    """A name as Matplotlib draws it: what is between two $ is no formula, and a legend does not leave out a _."""
+    text = shown(text).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
+
+
 def save_figure(figure, *paths, dpi=120):
-    """Draw a Matplotlib figure into each file of `paths`, in the format of its ending."""
+    """Draw a Matplotlib figure into each file of `paths`, in the format of its ending. Names in it go through `drawn`.
+    """
     for path in paths:
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph .* missing')  # a letter that the font lacks is drawn as a box
             figure.savefig(temporary, dpi=dpi)

@@ -3,6 +3,7 @@ means.
 """
 import argparse
 import math
+import os
 import re
 import sys
 from typing import NamedTuple
@@ -208,6 +209,13 @@ def bounded(kind, low, high=math.inf, above=False):
     return convert
 
 
+def file_path(text):
+    """An argparse type: a path, with ~ replaced by the home folder also where the shell did not."""
+    if not text:
+        raise argparse.ArgumentTypeError('must be a path, was given an empty word')
+    return os.path.expanduser(text)
+
+
 def add_training_arguments(group, train_batch, test_batch):
     """train_batch, test_batch: the defaults."""
     group.add_argument('--train-batch', type=bounded(int, 1), default=train_batch, metavar='N',
@@ -228,13 +236,13 @@ def add_training_arguments(group, train_batch, test_batch):
 
 def add_run_arguments(group, folder):
     """folder: how the default of --checkpoint is named."""
-    group.add_argument('-c', '--checkpoint', metavar='DIR', help=f'results ({folder})')
+    group.add_argument('-c', '--checkpoint', type=file_path, metavar='DIR', help=f'results ({folder})')
     group.add_argument('--overwrite', action='store_true', help='replace the run in that folder')
-    group.add_argument('--resume', metavar='FILE',
+    group.add_argument('--resume', type=file_path, metavar='FILE',
                        help='resume from a checkpoint, with its flags unless given here; "auto": from the checkpoint '
                             'in the '
                        'run\'s folder, if there is one')
-    group.add_argument('--init', metavar='FILE',
+    group.add_argument('--init', type=file_path, metavar='FILE',
                        help='begin with the weights of a checkpoint, or of a state_dict, where names and shapes fit')
     group.add_argument('--checkpoint-every', type=bounded(int, 1), metavar='N',
                        help='also within an epoch, every N batches')

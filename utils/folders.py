@@ -1,9 +1,8 @@
 """Images that do not fit in memory, such as ImageNet: listed at the start, decoded and augmented by worker processes.
 """
+import csv
 import json
 import os
-import sys
-import warnings
 import zlib
 from typing import NamedTuple
 
@@ -11,12 +10,13 @@ import torch
 from PIL import Image
 
 from utils import batches, distributed
-from utils.datasets import open_image
-from utils.errors import UserError
-from utils.files import replacing
+from utils.errors import UserError, shown
+from utils.files import open_text, replacing
+from utils.image_files import check_alike, list_images, open_image, readers_quiet
 
 # torchvision is imported where it is used: it takes a second or more.
 
+PARTS = ('train', 'val')
 IMAGENET_MEAN, IMAGENET_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of each channel, in units of 0..255
 
 
@@ -52,13 +52,10 @@ class Folder(NamedTuple):
 
 def read_folders(root):
     """{'train': `Folder`, 'val': `Folder`} of root/train/CLASS/* and root/val/CLASS/*; UserError if they do not fit
-    together.
+    together, or have less than two classes.
     """
-    folders = {part: read_folder(root, part) for part in ('train', 'val')}
-    differing = sorted(set(folders['train'].classes) ^ set(folders['val'].classes))
-    if differing:
-        raise UserError(f'{root}/train and {root}/val must have the same class folders, but only one of them has: '
-                        + _some(differing))
+    folders = {part: read_folder(root, part) for part in PARTS}
+    check_alike(root, {part: folder.classes for part, folder in folders.items()})
     return folders
 
 
@@ -66,27 +63,8 @@ def read_folder(root, part):
     """The `Folder` of root/part/CLASS/*, classes in the order of their names. No image is read. UserError if one is
     missing.
     """
-    from torchvision.datasets import ImageFolder
-
-    path = os.path.join(root, part)
-    if not os.path.isdir(path):
-        raise UserError(f'images are expected at DIR/train/CLASS/*.jpg|png and DIR/val/CLASS/*.jpg|png, '
-                        f'but there is no folder {path}')
-    try:
-        listed = ImageFolder(path, allow_empty=True)
-    except FileNotFoundError as error:
-        raise UserError(f'{path} has no class folders; its images are expected at {path}/CLASS/*.jpg|png') from error
-    folder = Folder([name for name, _ in listed.samples], torch.tensor(listed.targets, dtype=torch.int64),
-                    listed.classes)
-    empty = [name for name, count in zip(folder.classes, folder.class_counts()) if count == 0]
-    if empty:
-        raise UserError(f'{path}: every class folder must have an image (jpg, png, ...), but there is none in '
-                        f'{_some(empty)}')
-    return folder
-
-
-def _some(names, most=5):
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+    paths, labels, classes = list_images(root, part, PARTS)
+    return Folder(paths, torch.tensor(labels, dtype=torch.int64), classes)
 
 
 def training_transform(image_size, auto_augment=None, interpolation='bilinear', random_erase=0.0, mean=IMAGENET_MEAN):
@@ -136,9 +114,19 @@ def evaluation_transform(image_size, resize, interpolation='bilinear'):
     """
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.Resize(resize, v2.InterpolationMode(interpolation), antialias=True),
+    return v2.Compose([_without_far_ends, v2.Resize(resize, v2.InterpolationMode(interpolation), antialias=True),
                        v2.CenterCrop(image_size),
                        v2.PILToTensor()])
+
+
+def _without_far_ends(image, most=20):
+    """Scaled by its shorter side, an image of 1 x 30000 pixels would take gigabytes; the middle is all that is used."""
+    width, height = image.size
+    longest = most * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return image.crop((left, top, width - left, height - top))
 
 
 def mixing(mixup_alpha, cutmix_alpha, num_classes):
@@ -168,7 +156,8 @@ class ImageBatches:
     mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's index)
     alone.
 
-    Files that cannot be read are left out, and are in `skipped` (path -> reason) then; UserError instead if `strict`.
+    Files that cannot be read are left out, and are in `skipped` (path -> reason) after a pass; UserError instead if
+    `strict`.
     """
 
     def __init__(self, folder, mean, std, batch_size, device, transform, workers=1, mix=None, strict=False):
@@ -209,18 +198,16 @@ class ImageBatches:
         return self._loaded(DecodedBatches(self.folder, order, local, self.transform, (seed, epoch), self.mix, first))
 
     def _loaded(self, decoded):
-        workers = min(self.workers, len(decoded))
-        processes = {'num_workers': workers, 'worker_init_fn': batches.ignore_signals,
-                     'multiprocessing_context': 'fork' if sys.platform == 'linux' else None} if workers else {}
-        loader = torch.utils.data.DataLoader(decoded, batch_size=None, pin_memory=self.device.type == 'cuda',
-                                             generator=batches.seeded_generator(*decoded.seeds), **processes)
-        for images, targets, failures in loader:
-            self.skipped.update(failures)
+        failed = dict(self.skipped) if decoded.first else {}  # what was mended since the last pass is no longer
+        pinned = self.device.type == 'cuda'
+        for images, targets, failures in batches.read_ahead(decoded, self.workers, decoded.seeds, pin_memory=pinned):
+            failed.update(failures)
             if failures and self.strict:
                 path, reason = failures[0]
                 raise UserError(f'{path} cannot be read as an image ({reason}); mend or remove it, '
                                 'or leave --strict away to skip it')
             yield self.normalise(images), targets.to(self.device, non_blocking=True)
+        self.skipped = failed
 
     def normalise(self, images):
         """uint8, or float if mixed, (batch, 3, height, width) in 0..255 -> float, normalised, in channels_last."""
@@ -244,9 +231,7 @@ class DecodedBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         images, labels, failures, part = [], [], [], self.slices[item]
-        with batches.random_state_kept(), warnings.catch_warnings():
-            # odd EXIF data, a palette with transparency: still readable
-            warnings.filterwarnings('ignore', module='PIL')
+        with batches.random_state_kept(), readers_quiet():
             for position, index in enumerate(self.order[part].tolist(), part.start):
                 try:
                     image = self.folder.image(index)
@@ -269,19 +254,31 @@ class DecodedBatches(torch.utils.data.Dataset):
 
 def report_skipped(batches_of, path=None):
     """Print which images of these {part: batches} could not be read, in any process; `path` lists them, with earlier
-    ones.
+    ones that still cannot be read. A row is tab-separated as the csv module writes it.
     """
     skipped = {}
     for part in batches_of.values():
         for process in distributed.all_gather(getattr(part, 'skipped', {})):
             skipped.update(process)
-    if path and distributed.is_first() and os.path.exists(path):
-        with open(path) as file:
-            skipped = dict(line.rstrip('\n').split('\t', 1) for line in file) | skipped
-    if skipped and distributed.is_first():
+    if not distributed.is_first():
+        return
+    if path and os.path.exists(path):
+        with open_text(path, newline='') as file:
+            earlier = dict(row for row in csv.reader(file, delimiter='\t') if len(row) == 2)
+        skipped = {image: reason for image, reason in earlier.items() if _still_damaged(image)} | skipped
+    if skipped:
         image, reason = min(skipped.items())
-        print(f'skipped {len(skipped)} image{"s" * (len(skipped) > 1)} that cannot be read: {image} ({reason})'
+        print(f'skipped {len(skipped)} image{"s" * (len(skipped) > 1)} that cannot be read: {shown(image)} ({reason})'
               + (' and others' if len(skipped) > 1 else ''))
-        if path:
-            with replacing(path) as temporary, open(temporary, 'w') as file:
-                file.writelines(f'{image}\t{reason}\n' for image, reason in sorted(skipped.items()))
+    if path and (skipped or os.path.exists(path)):
+        with replacing(path) as temporary, open_text(temporary, 'w', newline='') as file:
+            csv.writer(file, delimiter='\t', lineterminator='\n').writerows(sorted(skipped.items()))
+
+
+def _still_damaged(path):
+    with readers_quiet():
+        try:
+            open_image(path)
+        except ValueError:
+            return os.path.exists(path)
+    return False

@@ -3,7 +3,7 @@ import contextlib
 import os
 
 from utils.errors import UserError
-from utils.files import not_written, replacing, save_figure
+from utils.files import not_written, open_text, replacing, save_figure
 
 
 class Logger:
@@ -11,14 +11,14 @@ class Logger:
 
     def __init__(self, path, columns, rows=()):
         self.path, self.lines = path, [columns, *rows]  # of the words in each line
-        with replacing(path) as temporary, open(temporary, 'w') as file:
+        with replacing(path) as temporary, open_text(temporary, 'w') as file:
             file.writelines('\t'.join(line) + '\n' for line in self.lines)
 
     def append(self, values):
         self.lines.append([_text(value) for value in values])
         whole = os.path.getsize(self.path)
         try:
-            with open(self.path, 'a') as file:
+            with open_text(self.path, 'a') as file:
                 file.write('\t'.join(self.lines[-1]) + '\n')
                 file.flush()
                 os.fsync(file.fileno())
@@ -41,7 +41,7 @@ def read_rows(path, columns, epochs):
     if path is None or not os.path.exists(path):
         return []
     try:
-        with open(path) as file:
+        with open_text(path) as file:
             header, *rows = [line.split('\t') for line in file.read().splitlines()]
         if header != columns:
             raise ValueError(f'its columns are {", ".join(header)}')
@@ -54,7 +54,7 @@ def read_rows(path, columns, epochs):
 
 def read_log(path):
     """A log as a dict of column name -> list of floats."""
-    with open(path) as file:
+    with open_text(path) as file:
         names, *rows = [line.rstrip('\n').split('\t') for line in file]
     return {name: [float(row[i]) for row in rows] for i, name in enumerate(names)}
 

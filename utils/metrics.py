@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from utils import distributed
+from utils.errors import UserError, shown
 from utils.eval import Meter, logits_of
-from utils.files import replacing, save_figure
+from utils.files import drawn, open_text, replacing, save_figure
 
 
 class Predictions(Meter):
@@ -38,14 +39,18 @@ def of_classes(probabilities, targets):
     mean. 'calibration error': see `calibration_error`.
     probabilities: (N, classes). targets: (N,), class indices.
     """
-    from sklearn.metrics import confusion_matrix, recall_score  # a second of import time that a run pays at its end
-
-    predicted, classes = probabilities.argmax(axis=1), range(probabilities.shape[1])
-    recall = recall_score(targets, predicted, labels=classes, average=None, zero_division=np.nan)
+    classes = probabilities.shape[1]
+    wrong = np.isnan(probabilities).any(axis=1).sum().item()
+    if wrong:
+        raise UserError(f'the network gives NaN for {wrong} of {len(targets)} images, so there is nothing to measure')
+    places = targets * classes + probabilities.argmax(axis=1)
+    confusion = np.bincount(places, minlength=classes ** 2).reshape(classes, classes)
+    number = confusion.sum(axis=1)
+    recall = np.where(number > 0, confusion.diagonal() / np.maximum(number, 1), np.nan)
     values = {'balanced accuracy': 100 * np.nanmean(recall).item(),
               'calibration error': 100 * calibration_error(probabilities, targets),
               'class accuracy': [None if np.isnan(value) else 100 * value for value in recall.tolist()]}
-    return values, confusion_matrix(targets, predicted, labels=classes)
+    return values, confusion
 
 
 def calibration_error(probabilities, targets, bins=15):
@@ -64,7 +69,7 @@ def calibration_error(probabilities, targets, bins=15):
 def class_report(classes, values, at_most=20):
     """What `of_classes` gave as lines of text; of more than `at_most` classes only the worst."""
     ordered = sorted((share, name) for share, name in zip(values['class accuracy'], classes) if share is not None)
-    words = [f'{name} {share:.2f}%' for share, name in ordered[:at_most]]
+    words = [f'{shown(name)} {share:.2f}%' for share, name in ordered[:at_most]]
     width = max(map(len, words)) + 2
     lines = [''.join(word.ljust(width) for word in words[i:i + 5]).rstrip() for i in range(0, len(words), 5)]
     worst = f', the {at_most} worst of {len(classes)}' if len(ordered) > at_most else ''
@@ -92,20 +97,20 @@ def write_confusion(matrix, classes, table, picture):
     rows' shares.
     """
     from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
 
-    with replacing(table) as temporary, open(temporary, 'w', newline='') as file:
+    with replacing(table) as temporary, open_text(temporary, 'w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(['true \\ predicted', *classes])
         writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist()))
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    few, labels = len(classes) <= 20, [name.replace('$', r'\$') for name in classes]  # between two $ would be a formula
     figure = Figure(figsize=(3 + 0.5 * min(len(classes), 30),) * 2, layout='constrained')
     axes = figure.add_subplot()
-    ConfusionMatrixDisplay(shares, display_labels=labels).plot(ax=axes, include_values=few, values_format='.0f',
-                                                               cmap='Blues',
-                                                               xticks_rotation='vertical', colorbar=False)
-    axes.set(title='percent of each true class')
-    if not few:
-        axes.set(xticks=[], yticks=[])
+    axes.imshow(shares, cmap='Blues')
+    axes.set(title='percent of each true class', xlabel='predicted class', ylabel='true class', xticks=[], yticks=[])
+    if len(classes) <= 20:
+        axes.set_xticks(range(len(classes)), map(drawn, classes), rotation='vertical')
+        axes.set_yticks(range(len(classes)), map(drawn, classes))
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(column, row, f'{share:.0f}', ha='center', va='center',
+                      color='white' if share > shares.max() / 2 else 'black')
     save_figure(figure, picture, dpi=100)

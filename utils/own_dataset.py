@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from utils import batches
+from utils import batches, memory
 from utils.batches import Split, mean_and_std_of
 from utils.errors import UserError, one_line
+from utils.image_files import as_rgb
 
 IN_MEMORY = 4 * 2 ** 30  # bytes, as uint8, of the largest part that is held in memory
 
@@ -66,14 +67,14 @@ def load(name, root, part, image_size, workers):
     Raises UserError, in one sentence, for whatever the data set does not do as described above.
     """
     dataset = _make(name, root, part)
-    large = len(dataset) * image_size ** 2 * 3 > IN_MEMORY
+    size = image_size ** 2 * 3
+    large = len(dataset) * size > IN_MEMORY
+    at_once, processes = max(1, min(64, 2 ** 26 // size)), workers if len(dataset) > 1000 else 0
+    memory.check(size * (at_once * (2 * processes + 1) if large else len(dataset)),
+                 f'images of {image_size}x{image_size} pixels', '--image-size')
     images = None if large else np.empty((len(dataset), image_size, image_size, 3), dtype=np.uint8)
     labels, histogram = torch.empty(len(dataset), dtype=torch.int64), torch.zeros(3, 256, dtype=torch.float64)
-    processes = workers if len(dataset) > 1000 else 0
-    loader = torch.utils.data.DataLoader(
-        _Items(dataset, image_size), batch_size=64, collate_fn=list, num_workers=processes,
-        worker_init_fn=batches.ignore_signals, generator=batches.seeded_generator(0),
-        multiprocessing_context='fork' if processes and sys.platform == 'linux' else None)
+    loader = batches.read_ahead(_Items(dataset, image_size), processes, batch_size=at_once, collate_fn=list)
     for index, item in enumerate(item for items in loader for item in items):
         if isinstance(item, str):
             raise UserError(f'--dataset {name} ({part}), image {index}: {item}')
@@ -163,9 +164,7 @@ def _item(dataset, index, image_size):
 def _as_pil(image):
     """A PIL image, or uint8 or float in [0, 1] of shape (H, W), (H, W, C) or (C, H, W), as an RGB PIL image."""
     if isinstance(image, Image.Image):
-        if image.mode.startswith(('I', 'F')):
-            raise ValueError(f'mode {image.mode}: more than 8 bits a channel')
-        return image.convert('RGB')
+        return as_rgb(image)
     pixels = np.asarray(image)
     shape = pixels.shape
     channels_first = pixels.ndim == 3 and shape[0] in (1, 3) and (torch.is_tensor(image) or shape[2] not in (1, 3))

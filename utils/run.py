@@ -14,6 +14,7 @@ from models.base import count_parameters
 from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, output, resume
 from utils import schedule
 from utils.bar import ProgressLine
+from utils.batches import reader_lost
 from utils.errors import Stopped, UserError, one_line
 from utils.eval import Meter, metrics_line, quantities
 from utils.files import NotWritten, digest, write_json
@@ -88,13 +89,15 @@ class Run:
         output.release(self.args.checkpoint)
         if isinstance(error, RuntimeError) and 'killed by signal: Terminated' in str(error):
             raise self._with_sentence(Stopped(signal.SIGTERM)) from error  # a process that reads images got it first
+        if lost := reader_lost(error):
+            raise UserError(f'{lost}; the finished epochs are kept, resume with: {self._how_to_resume()}') from error
         if isinstance(error, ValueError):
             with single_image_explained(self.args, len(self.batches['train'].labels)):
                 raise error
         if isinstance(error, Stopped):
             self._with_sentence(error)
         if isinstance(error, NotWritten):
-            raise UserError(f'{error}. {self._how_to_resume()}') from error
+            raise UserError(f'{error}; the finished epochs are kept, resume with: {self._how_to_resume()}') from error
 
     def epochs(self):
         """The indices of the epochs that are left, from 0."""
@@ -259,14 +262,8 @@ class Run:
                 'try a smaller --lr, a --warmup or a --clip-norm')
 
     def _with_sentence(self, stop):
-        stop.sentence = f'Stopped; {self._how_to_resume()}'
+        stop.sentence = f'Stopped; the finished epochs are kept. Resume with: {self._how_to_resume()}'
         return stop
-
-    def _how_to_resume(self):
-        how = f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(output.LAST))}'
-        if distributed.active():
-            how = 'the same command and --resume auto'
-        return f'the finished epochs are kept. Resume with: {how}'
 
     def _draw(self, function, *arguments):
         """Draw a picture; whatever goes wrong with it is said once, and the run goes on."""
@@ -276,6 +273,11 @@ class Run:
             if not self.drawing_failed:
                 self.say(f'a picture cannot be drawn ({one_line(error)[:200]}); the run goes on without')
             self.drawing_failed = True
+
+    def _how_to_resume(self):
+        if distributed.active():
+            return 'the same command and --resume auto'
+        return f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(output.LAST))}'
 
 
 def validate(args, state, regime, parser):
@@ -319,6 +321,9 @@ def _stop(signum, frame):
 
 def run_script(main):
     """Run a script's `main`: exit status 1 after a UserError or OSError, 128 + signal after SIGINT or SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # what a terminal cannot show never ends a run
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -328,6 +333,8 @@ def run_script(main):
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')
         except RuntimeError as error:
+            if lost := reader_lost(error):
+                sys.exit(f'error: {lost}')
             if not distributed.connection_lost(error):
                 raise
             sys.exit('error: another process has ended, so this one does too')

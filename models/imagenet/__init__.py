@@ -4,7 +4,10 @@
 torchvision's weights. OPTION_FLAGS has the flags that set an architecture's options, REGIME how all are trained by
 default.
 """
+import os
 import warnings
+from http.client import HTTPException
+from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
@@ -77,7 +80,7 @@ def build(arch, num_classes, classifier=nn.Linear, pretrained=False, image_size=
     built for one size alone, inception_v3 for at least 299, the others for any.
     options: those of resolve_options.
 
-    ValueError for an option that it does not know, weights that do not exist, an image size that cannot be, or a
+    ValueError for an option that it does not know, weights that do not exist or cannot be downloaded, an image size that cannot be, or a
     network that does not end in a linear layer.
     """
     options = resolve_options(arch, options)
@@ -132,7 +135,21 @@ def _construct(arch, **options):
     with warnings.catch_warnings():
         # True of GoogLeNet's weights, but training here always trains the auxiliary classifiers too.
         warnings.filterwarnings('ignore', 'auxiliary heads in the pretrained googlenet')
-        return torchvision_models.get_model(arch, **options)
+        try:
+            return torchvision_models.get_model(arch, **options)
+        except (OSError, EOFError, RuntimeError, HTTPException, UnpicklingError) as error:
+            if not options.get('weights'):
+                raise
+            raise ValueError(_without_weights(options['weights'].url, error)) from error
+
+
+def _without_weights(url, error):
+    """Why weights could not be loaded, and what to do about it, in a sentence."""
+    file = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(url))
+    reason = ' '.join(str(getattr(error, 'reason', error)).split())
+    if os.path.exists(file):
+        return f'--pretrained: {file} is damaged ({reason[:200]}); remove it, or replace it by {url}'
+    return f'--pretrained: {url} could not be downloaded ({reason[:200]}); put it by hand where it is looked for: {file}'
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import smoothout
 from utils import batches as image_batches, checkpoint, datasets, device as devices, folders, methods, resume
 from utils.errors import UserError
-from utils.flags import bounded
+from utils.flags import bounded, file_path
 from utils.lab.landscape import Landscape
 
 # imported when they are needed, as torchvision takes a second or more
@@ -32,8 +32,8 @@ def add_arguments(parser, modes, default_modes, precision=None):
 
     modes: how many of train, test and val are looked at, as argparse's nargs.
     """
-    parser.add_argument('files', metavar='FILE', nargs='*', help='a checkpoint')
-    parser.add_argument('--evaluate', metavar='FILE', help='the same as FILE')
+    parser.add_argument('files', type=file_path, metavar='FILE', nargs='*', help='a checkpoint')
+    parser.add_argument('--evaluate', type=file_path, metavar='FILE', help='the same as FILE')
     group = parser.add_argument_group('images; the defaults are those of the run')
     group.add_argument('--mode', nargs=modes, choices=('test', 'train', 'val'), default=default_modes,
                        help='which images; those of training augmented as in training, each once '
@@ -42,7 +42,7 @@ def add_arguments(parser, modes, default_modes, precision=None):
     group.add_argument('--images', type=bounded(int, 1), metavar='N', help='at most N of each, drawn at random (all)')
     group.add_argument('-d', '--dataset', type=datasets.dataset_name, metavar='NAME',
                        help=f'{", ".join(datasets.DATASETS)}, or module:Class')
-    group.add_argument('--data', metavar='DIR', help='where the data is')
+    group.add_argument('--data', type=file_path, metavar='DIR', help='where the data is')
     group.add_argument('-j', '--workers', type=bounded(int, 1), metavar='N', help='threads that read images')
     group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=bounded(int, 1), metavar='N',
                        help='in one pass')
@@ -55,7 +55,7 @@ def add_arguments(parser, modes, default_modes, precision=None):
                        help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
     group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', default=0, metavar='N',
                        help='of all that is drawn here (0)')
-    group.add_argument('-o', '--out', metavar='DIR', help='where results go (beside the checkpoint)')
+    group.add_argument('-o', '--out', type=file_path, metavar='DIR', help='where results go (beside the checkpoint)')
 
 
 def files_of(args, parser, at_most=None):

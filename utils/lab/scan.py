@@ -4,7 +4,7 @@ import json
 import os
 
 from utils.errors import UserError
-from utils.files import replacing, write_json
+from utils.files import open_text, replacing, write_json
 
 
 class Scan:
@@ -23,11 +23,11 @@ class Scan:
         if overwrite or not os.path.exists(f'{stem}.json') or not os.path.exists(self.path):
             os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
             write_json(f'{stem}.json', settings)
-            with replacing(self.path) as temporary, open(temporary, 'w', newline='') as file:
+            with replacing(self.path) as temporary, open_text(temporary, 'w', newline='') as file:
                 csv.writer(file).writerow(columns)
         check_settings(f'{stem}.json', settings)
         try:
-            with open(self.path, newline='') as file:
+            with open_text(self.path, newline='') as file:
                 whole = [line for line in file if line.endswith('\n')]  # the last may be the half of one
             header, *rows = csv.reader(whole)
             if header != columns:
@@ -40,10 +40,10 @@ class Scan:
         except (ValueError, OSError) as error:
             raise UserError(f'{self.path} is not the table of this scan ({error}); use --overwrite, or move it '
                             'away') from error
-        os.truncate(self.path, sum(len(line.encode()) for line in whole))
+        os.truncate(self.path, sum(len(line.encode('utf-8', 'surrogateescape')) for line in whole))
 
     def append(self, point, values):
-        with open(self.path, 'a', newline='') as file:
+        with open_text(self.path, 'a', newline='') as file:
             csv.writer(file).writerow([*point, *values])
             file.flush()
             os.fsync(file.fileno())
@@ -58,7 +58,7 @@ class Scan:
 def check_settings(path, settings):
     """UserError unless the JSON file at `path` holds these settings, whatever else it holds."""
     try:
-        with open(path) as file:
+        with open_text(path) as file:
             held = json.load(file)
         held = {name: held.get(name) for name in settings}
     except (ValueError, AttributeError) as error:
