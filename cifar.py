@@ -9,7 +9,7 @@ import torch
 
 from models import cifar as models
 from utils import batches as image_batches, checkpoint, conditions, datasets, device as devices, distributed
-from utils import flags, folders, methods, output, own_dataset, resume, schedule
+from utils import flags, folders, memory, methods, output, own_dataset, resume, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
@@ -104,13 +104,14 @@ def main():
     num_classes = known.num_classes if known else len(state['classes'])
     architecture = {'arch': args.arch, **args.arch_options, 'num_classes': num_classes}
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
+    memory.check_network(args, build, architecture, args.image_size, device)
     model = build(args, architecture)
     if state:
         checkpoint.load_model(model, state, architecture, args.resume, to_test=args.evaluate)
     elif args.init:
         checkpoint.initialise(model, args.init)
     if known:
-        methods.rehearse(args, model, args.image_size)
+        methods.rehearse(args, model, args.image_size, device=device)
         check_batch(args, known.train_size)
         output.claim(args)
     model.to(device, memory_format=torch.channels_last)

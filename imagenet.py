@@ -11,7 +11,7 @@ import torch
 
 from models import imagenet as models
 from utils import batches as image_batches, checkpoint, device as devices, distributed, flags, folders
-from utils import methods, output, resume, schedule
+from utils import memory, methods, output, resume, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
@@ -118,6 +118,7 @@ def main():
         check_batch(args, len(images['train'].paths))
         output.claim(args)
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
+    memory.check_network(args, build, architecture, preset(args)['size'], device)
     model = build(args, architecture, pretrained=args.pretrained and not state)
     if state:
         checkpoint.load_model(model, state, architecture, args.resume, to_test=args.evaluate)
@@ -125,7 +126,7 @@ def main():
         checkpoint.initialise(model, args.init)
     training_images = 0 if args.evaluate else len(images['train'].paths)
     smallest = 2 if args.evaluate else smallest_part(args, training_images)
-    methods.rehearse(args, model, preset(args)['size'], smallest, training_images)
+    methods.rehearse(args, model, preset(args)['size'], smallest, training_images, device)
     model.to(device, memory_format=torch.channels_last)
     print(headline(args, architecture, model, device))
     if args.evaluate:

@@ -127,3 +127,134 @@ def test_a_wrong_value_anywhere_in_a_checkpoint_is_a_sentence(kind, interrupted,
             raise AssertionError(f'{place} as {WRONG[kind]}') from error
         capsys.readouterr()
     assert refused > 50
+
+
+def test_the_log_comes_from_the_checkpoint_whatever_log_txt_holds(monkeypatch, tmp_path):
+    call(monkeypatch, cifar, f'{SHORT} --epochs 2 -c {tmp_path}')
+    log = tmp_path / 'log.txt'
+    header, *rows = log.read_text().splitlines()
+    for damaged in ('', header, f'{header}\n{rows[1]}\n{rows[1]}\n', f'{header}\n# note\n\n{rows[0]}\n', '\0\xff'):
+        log.write_text(damaged)
+        call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar')
+        again = log.read_text().splitlines()
+        assert [line.split('\t')[:-1] for line in again] == [line.split('\t')[:-1] for line in (header, *rows)]
+
+
+# Two runs, one folder
+
+def start(flags, cwd, **options):
+    return subprocess.Popen([sys.executable, ROOT / 'cifar.py', *shlex.split(flags)], text=True, cwd=cwd,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **options)
+
+
+def test_two_runs_in_one_folder_do_not_mix(tmp_path):
+    """Of runs that start at once one trains and the others get a sentence; the folder is that of one seed."""
+    flags = '-d digits --arch lenet --epochs 2 --train-fraction 0.1 --train-batch 32 -c run'
+    runs = [start(f'{flags} --manualSeed {seed} {how}', tmp_path) for seed, how in
+            ((1, '--overwrite'), (2, '--overwrite'), (3, '--resume auto'))]
+    ends = [(run.communicate(timeout=300)[1], run.returncode) for run in runs]
+    assert sorted(status for _, status in ends) == [0, 1, 1], ends
+    refused = [error for error, status in ends if status]
+    assert all(error.count('\n') == 1 and 'another run' in error for error in refused), refused
+    seed = 1 + [status for _, status in ends].index(0)
+    args = json.loads((tmp_path / 'run/args.json').read_text())
+    state = checkpoint.read(str(tmp_path / 'run/checkpoint.pth.tar'))
+    assert args['seed'] == state['args']['seed'] == seed and len(state['log']) == 3
+    assert (tmp_path / 'run/result.json').exists()
+
+
+def test_the_lock_is_free_when_its_process_was_killed(tmp_path):
+    args = 'types.SimpleNamespace(checkpoint="run", resume=None, overwrite=False, found={})'
+    holder = subprocess.Popen([sys.executable, '-c', f'import os, time, types; from utils import output; '
+                               f'output.claim({args}); os.fork() or time.sleep(60); print("x", flush=True); '
+                               'time.sleep(60)'], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True,
+                              env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    holder.stdout.readline()  # its child, as a process that reads images, is there
+    own = type('Args', (), {'checkpoint': str(tmp_path / 'run'), 'resume': None, 'overwrite': False, 'found': {}})
+    with pytest.raises(UserError, match='another run is writing'):
+        output.claim(own)
+    holder.kill()
+    holder.wait()
+    output.claim(own)  # although the child lives
+    output.release(own.checkpoint)
+    os.killpg(holder.pid, signal.SIGKILL)
+    assert os.listdir(tmp_path / 'run') == []
+
+
+# A full disk
+
+@pytest.mark.parametrize('file', ['checkpoint.pth.tar', 'args.json', 'log.txt', 'result.json'])
+def test_a_full_disk_names_the_file_and_loses_nothing(file, monkeypatch, tmp_path):
+    """The system refuses to write beyond a size, as it does on a full disk, from the second epoch on."""
+    call(monkeypatch, cifar, f'{SHORT} --epochs 1 -c {tmp_path}')
+    before = checkpoint.read(str(tmp_path / 'checkpoint.pth.tar'))
+    opened, limits = open, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def small(path, mode='r', *rest, **options):
+        if str(path).endswith(file) and 'r' not in mode:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return opened(path, mode, *rest, **options)
+
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+            patch.setattr('builtins.open', small)
+            call(patch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    sentence = str(error.value)
+    assert sentence.startswith(f'{tmp_path}/{file} could not be written (File too large)') and '\n' not in sentence
+    held = checkpoint.read(str(tmp_path / 'checkpoint.pth.tar'))
+    assert held['epoch'] in (1, 2) and held['log'][1] == before['log'][1]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith('.unfinished')]
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')  # where there is room again
+    assert checkpoint.read(str(tmp_path / 'checkpoint.pth.tar'))['epoch'] == 2 and (tmp_path / 'result.json').exists()
+
+
+# What a run was trained with
+
+def changes(folder):
+    return json.loads((folder / 'args.json').read_text())['changes']
+
+
+@pytest.mark.parametrize('flags, expected', [
+    ('--method dma', ['after epoch 2: method none -> dma']),
+    ('--lr 0.01 --epochs 4', ['after epoch 2: another learning rate']),
+    ('--train-batch 8 --weight-decay 0 --epochs 3', ['after epoch 2: train-batch 16 -> 8, weight-decay 0.0005 -> 0.0']),
+    ('--epochs 3 --schedule 2', ['after epoch 2: another learning rate']),  # the second epoch had a tenth of it
+    ('--epochs 3 --schedule 1', []), ('--epochs 3 --method dma --dma-coef 0', ['after epoch 2: method none -> dma']),
+    ('', []), ('--test-batch 7 --epochs 3 --schedule 1 2', []),
+])
+def test_what_changes_in_the_middle_of_training_is_kept(flags, expected, monkeypatch, tmp_path):
+    call(monkeypatch, cifar, f'{SHORT} --epochs 2 -c {tmp_path}')
+    assert changes(tmp_path) == []
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar {flags}')
+    assert changes(tmp_path) == expected
+    trained = expected if '--epochs' in flags else []  # what was trained with nothing is not a part of the run
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar')
+    assert changes(tmp_path) == trained or changes(tmp_path) == expected
+
+
+# The images of a run
+
+@pytest.mark.parametrize('drawn', ['--val-split 0.2', '--train-fraction 0.5', '--label-noise 0.2', '--imbalance exp --imbalance-factor 0.5'])
+def test_other_training_images_are_refused_where_images_are_drawn_from_them(drawn, monkeypatch, tmp_path, capsys):
+    call(monkeypatch, cifar, f'{SHORT} --epochs 1 {drawn} -c {tmp_path}')
+    load = datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda name, root, part, *rest:
+                        load(name, root, part).subset(torch.arange(63 if part == 'train' else 40)))
+    with pytest.raises(UserError, match=f'the train images are not those of .*of 64, now .*of 63.*{drawn[:11]}'):
+        call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
+
+
+def test_other_training_images_are_named_and_make_a_mixed_run(monkeypatch, tmp_path, capsys):
+    call(monkeypatch, cifar, f'{SHORT} --epochs 1 -c {tmp_path}')
+    load = datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda name, root, part, *rest:
+                        load(name, root, part).subset(torch.arange(63 if part == 'train' else 40)))
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
+    assert 'the train images are not those of' in capsys.readouterr().out
+    assert 'training images' in changes(tmp_path)[0]

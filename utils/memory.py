@@ -2,11 +2,19 @@
 import math
 import pathlib
 
+import torch
+
+from utils import distributed
 from utils.errors import UserError
 
 
-def free():
-    """Bytes that this process can still use on the CPU, by the machine and by its control group; inf if unknown."""
+def free(device='cpu'):
+    """Bytes that this process can still use on a device; on the CPU by the machine and by its control group.
+
+    inf if unknown.
+    """
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
     machine = _numbers('/proc/meminfo')
     known = [1024 * machine['MemAvailable']] if 'MemAvailable' in machine else []
     for folder, limit, used in (('/sys/fs/cgroup', 'memory.max', 'memory.current'),
@@ -18,11 +26,52 @@ def free():
     return min(known, default=math.inf)
 
 
-def check(needed, what, flag):
+def check(needed, what, flag, device='cpu'):
     """UserError if `what`, in words, which takes `needed` bytes, does not fit into memory; flag: what to lower."""
-    if needed > (there := free()):
+    if needed > (there := free(device)):
         raise UserError(f'{what} take {needed / 2 ** 30:.4g} GB of memory, and {there / 2 ** 30:.4g} GB are free; give '
                         f'a smaller {flag}')
+
+
+def check_network(args, build, architecture, size, device):
+    """UserError if the weights and images of one pass do not fit into the memory of `device`, before they are made.
+
+    build(args, architecture) -> model, which is built without its weights. size: of the images, in pixels a side. When
+    training gradients and the optimizer's state count too.
+    """
+    with torch.device('meta'):
+        parameters = sum(p.nbytes for p in build(args, architecture).parameters())
+    copies = 1 if args.evaluate else 2 + (args.optimizer != 'SGD' or bool(args.momentum))
+    check(copies * parameters, f'the weights of --arch {args.arch}' + ' with gradients and optimizer state' * (copies > 1),
+          'network', device)
+    check(2 * 3 * size ** 2 * 4, f'two images of {size}x{size} pixels', '--image-size', device)
+
+
+class Kept:
+    """With it around a pass forward, `bytes` is what the pass keeps for `backward`, without the model's parameters."""
+
+    def __init__(self, model):
+        self.storages = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages.setdefault(storage._cdata, storage.nbytes())
+        return tensor  # which keeps the storage, so that no other gets its address
+
+    @property
+    def bytes(self):
+        return sum(self.storages.values())
+
+
+def check_pass(args, kept, images, device):
+    """UserError if training cannot keep the activations of a batch, or ghost batch, in memory.
+
+    kept: bytes that a pass of `images` images has kept, in float32.
+    """
+    part = -(-min(args.mini_batch or args.train_batch, args.train_batch) // distributed.world_size())
+    needed = kept / images * part / (2 if args.precision == 'bf16' else 1)
+    check(needed, f'the activations of {part} images in --arch {args.arch}', '--mini-batch', device)
 
 
 def _numbers(path):

@@ -45,6 +45,7 @@ import torch
 from torch import nn
 
 from models.base import WithAuxiliary
+from utils import memory
 from utils.activations import Activations
 from utils.errors import UserError, one_line
 from utils.eval import cross_entropy
@@ -236,19 +237,25 @@ def parameter_groups(args, model):
     return [{'params': [p for p in model.parameters() if id(p) not in separate]}, *groups]
 
 
-def rehearse(args, model, size, images=2, training_images=0):
+def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
     """Pass `images` blank images of `size` pixels a side through a copy: what cannot work is refused before data is
     read.
 
-    images: 1 if an epoch of training_images images ends with a part of one image, see parts.smallest_part.
+    images: 1 if an epoch of training_images images ends with a part of one image, see parts.smallest_part. device: in
+    whose memory a whole batch must fit.
     """
     model = copy.deepcopy(model).cpu().train()
     inputs, targets = torch.zeros(images, 3, size, size), torch.zeros(images, dtype=torch.long)
     try:
         with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
-            build_criterion(args, model)(model(inputs, targets), targets)
+            kept = memory.Kept(model)
+            with kept.hooks:
+                outputs = model(inputs, targets)
+            build_criterion(args, model)(outputs, targets)
     except ValueError as error:
         raise UserError(str(error)) from error
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--arch {args.arch} cannot take images of {size} pixels ({one_line(error)[:200]}); '
                         'give another --image-size') from error
+    if not args.evaluate:
+        memory.check_pass(args, kept.bytes, images, device)

@@ -316,7 +316,14 @@ def headline(args, architecture, model, device):
 
 
 def _stop(signum, frame):
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # a second one does not disturb what the first one ends
     raise Stopped(signum)
+
+
+def _out_of_memory(error):
+    """Whether an exception is the word of Python, NumPy or PyTorch for memory that is not there."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run_script(main):
@@ -332,9 +339,12 @@ def run_script(main):
         except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if lost := reader_lost(error):
                 sys.exit(f'error: {lost}')
+            if _out_of_memory(error):
+                sys.exit(f'error: there is not enough memory ({one_line(error)[:200]}); a smaller --train-batch, '
+                         '--mini-batch or --test-batch needs less')
             if not distributed.connection_lost(error):
                 raise
             sys.exit('error: another process has ended, so this one does too')
