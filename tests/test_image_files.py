@@ -87,8 +87,7 @@ def test_folders_that_programs_leave_behind_are_no_classes(root):
 def test_a_link_adds_no_image_to_its_class(link, target, root, capsys):
     (root / 'train' / link).parent.mkdir(exist_ok=True)
     (root / 'train' / link).symlink_to(target.replace('ROOT', str(root)))
-    assert names(root) == WHOLE
-    assert ('left out' in capsys.readouterr().out) == (target != 'itself' or True)
+    assert names(root) == WHOLE and '1 file left out' in capsys.readouterr().out
 
 
 def test_links_in_circles_between_folders_of_a_class(root):
@@ -232,14 +231,14 @@ def test_a_resumed_epoch_keeps_what_it_did_not_try_again(root, tmp_path, capsys)
 
 
 def test_palettes_with_transparency_and_large_images_are_read_without_a_word(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
     write_folder(tmp_path, number=1, size=(8, 8))
     colours = Image.new('RGB', (8, 8), (200, 40, 90))
     colours.quantize(4).save(tmp_path / 'train/cat/1.png', transparency=bytes([9, 255, 9, 255]))
-    with warnings.catch_warnings():
+    with Image.open(tmp_path / 'train/cat/1.png') as palette, warnings.catch_warnings():
         warnings.simplefilter('error')
+        image_files.as_rgb(palette)
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
         split = datasets.load('folder', str(tmp_path), 'train', 8)
-        image_files.as_rgb(Image.open(tmp_path / 'train/cat/1.png'))
     assert split.images[1, 0, 0].tolist() == [200, 40, 90]
 
 
@@ -253,7 +252,7 @@ class Items(torch.utils.data.Dataset):
         return len(self.values)
 
     def __getitem__(self, index):
-        return self.values[index], str(index)
+        return self.values[index].clone(), str(index)
 
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
@@ -264,9 +263,7 @@ def test_tensors_come_as_they_are_and_not_through_shared_memory(workers):
     for (tensor, name), (index, value) in zip(items, enumerate(Items.values), strict=True):
         assert name == str(index) and torch.equal(tensor, value) and tensor.dtype == value.dtype
         assert not tensor.is_shared()
-        tensor.zero_()  # and can be written to
-    for value in Items.values[:1] if not workers else []:
-        value.copy_(torch.arange(40000))
+        tensor.add_(tensor)  # can be written to
 
 
 def test_where_there_are_too_many_open_files_tensors_come_as_bytes(monkeypatch):
