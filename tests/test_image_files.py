@@ -83,7 +83,8 @@ def test_folders_that_programs_leave_behind_are_no_classes(root):
 
 @pytest.mark.parametrize('link, target', [
     ('cat/itself', '.'), ('cat/itself', 'itself'), ('cat/upwards', '..'), ('cat/upwards', '../../..'), ('cat/far', '/'),
-    ('cat/2.png', '1.png'), ('cat/2.png', 'ROOT/train/cat/0.png'), ('cat/below/a', '../below'), ('cat/below', '../cat')])
+    ('cat/2.png', '1.png'), ('cat/2.png', 'ROOT/train/cat/0.png'), ('cat/below/a', '../below'),
+    ('cat/below', '../cat')])
 def test_a_link_adds_no_image_to_its_class(link, target, root, capsys):
     (root / 'train' / link).parent.mkdir(exist_ok=True)
     (root / 'train' / link).symlink_to(target.replace('ROOT', str(root)))
@@ -132,7 +133,8 @@ def test_links_that_lead_nowhere_are_damaged_images_and_pipes_are_none(root, cap
 
 def test_the_order_is_that_of_torchvision(root):
     from torchvision.datasets import ImageFolder
-    for name in ('cat/b/z.png', 'cat/B/a.png', 'cat/a/2.png', 'cat/a/10.png', 'dog/a.b/1.png', 'dog/a/1.png', 'élan/ß.png'):
+    for name in ('cat/b/z.png', 'cat/B/a.png', 'cat/a/2.png', 'cat/a/10.png', 'dog/a.b/1.png', 'dog/a/1.png',
+                 'élan/ß.png'):
         image(root / 'train' / name)
     paths, labels, classes = image_files.list_images(str(root), 'train', ('train', 'val'))
     reference = ImageFolder(root / 'train')
@@ -196,10 +198,14 @@ def test_free_memory_is_that_of_the_control_group_too(monkeypatch):
 
 # What cannot be read
 
+def plain_batches(folder):
+    """Images as they are, one in a batch, read in this process."""
+    return folders.ImageBatches(folder, [0] * 3, [1] * 3, 1, 'cpu', v2.PILToTensor(), workers=0)
+
+
 def test_an_image_that_was_mended_or_removed_is_not_skipped_any_longer(root, capsys, tmp_path):
     def report():
-        part = folders.ImageBatches(folders.read_folder(str(root), 'train'), [0] * 3, [1] * 3, 2, 'cpu', v2.PILToTensor(),
-                                    workers=0)
+        part = plain_batches(folders.read_folder(str(root), 'train'))
         list(part)
         folders.report_skipped({'train': part}, tmp_path / 'skipped.txt')
         return capsys.readouterr().out
@@ -209,7 +215,8 @@ def test_an_image_that_was_mended_or_removed_is_not_skipped_any_longer(root, cap
         (root / 'train' / name).write_text('no image')
     assert report().startswith('skipped 3 images') and report().count('\n') == 1
     with open(tmp_path / 'skipped.txt', encoding='utf-8', errors='surrogateescape', newline='') as file:
-        assert [path for path, _ in csv.reader(file, delimiter='\t')] == sorted(str(root / 'train' / name) for name in odd)
+        listed = [path for path, _ in csv.reader(file, delimiter='\t')]
+    assert listed == sorted(str(root / 'train' / name) for name in odd)
     image(root / 'train/cat/fine.png')
     os.replace(root / 'train/cat/fine.png', root / 'train' / odd[0])
     os.remove(root / 'train' / odd[1])
@@ -220,10 +227,10 @@ def test_an_image_that_was_mended_or_removed_is_not_skipped_any_longer(root, cap
 
 def test_a_resumed_epoch_keeps_what_it_did_not_try_again(root, tmp_path, capsys):
     (root / 'train/cat/0.png').write_text('no image')
-    part = folders.ImageBatches(folders.read_folder(str(root), 'train'), [0] * 3, [1] * 3, 1, 'cpu', v2.PILToTensor(), 0)
+    part = plain_batches(folders.read_folder(str(root), 'train'))
     list(part.shuffled(0, 0))
     folders.report_skipped({'train': part}, tmp_path / 'skipped.txt')
-    resumed = folders.ImageBatches(part.folder, [0] * 3, [1] * 3, 1, 'cpu', v2.PILToTensor(), 0)
+    resumed = plain_batches(part.folder)
     list(resumed.shuffled(0, 0, 4))
     capsys.readouterr()
     folders.report_skipped({'train': resumed}, tmp_path / 'skipped.txt')
@@ -316,8 +323,8 @@ def test_names_of_any_bytes_in_any_locale_end_no_run(tmp_path):
     for part in (b'train', b'test'):
         for number, name in enumerate(folders_of):
             image(os.fsdecode(os.path.join(root, part, name, b'0.png')), number)
-    command = [sys.executable, '-W', 'error', 'cifar.py', '--dataset', 'folder', '--data', root, '-a', 'lenet', '--epochs',
-               '1', '--train-batch', '7', '-c', root + b'/run $^$']
+    command = [sys.executable, '-W', 'error', 'cifar.py', '--dataset', 'folder', '--data', root, '-a', 'lenet',
+               '--epochs', '1', '--train-batch', '7', '-c', root + b'/run $^$']
     locale = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
     for words, settings in ((command, locale), ([sys.executable, 'evaluate.py', root + b'/run $^$/checkpoint.pth.tar'],
                                                 {'PYTHONUTF8': '1'})):

@@ -237,10 +237,12 @@ def _begin_reader(worker):
 
 
 def _send(tensor):
-    """How a worker hands over a tensor: in a file of memory alone, which /dev/shm does not bound; as bytes if small."""
+    """How a worker hands over a tensor: in a file of memory alone, which /dev/shm does not bound; as bytes if it is
+    small, or too many files are open.
+    """
     array = tensor.contiguous().numpy(force=True)
     if array.size > 10000 and hasattr(os, 'memfd_create'):
-        with contextlib.suppress(OSError), open(os.memfd_create('batch'), 'wb') as file:  # too many open files: as bytes
+        with contextlib.suppress(OSError), open(os.memfd_create('batch'), 'wb') as file:
             file.write(array)
             file.flush()
             return _receive, (DupFd(file.fileno()), tensor.dtype, tensor.shape)
