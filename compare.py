@@ -348,7 +348,8 @@ def plot(path, settings, names, shared):
     for index, (name, runs) in enumerate(zip(names, settings)):
         epochs = sorted(set.intersection(*(set(one.curve) for one in runs)))
         means, deviations = zip(*(spread([one.curve[epoch] for one in runs]) for epoch in epochs))
-        line, = axes.plot(epochs, means, label=drawn(f'{name}, n = {len(runs)}'), marker='.' if len(epochs) < 30 else None,
+        line, = axes.plot(epochs, means, label=drawn(f'{name}, n = {len(runs)}'),
+                          marker='.' if len(epochs) < 30 else None,
                           linestyle=('-', '--', ':', '-.')[index // 10 % 4])  # there are ten colours
         if len(runs) > 1:
             low, high = ([mean + sign * d for mean, d in zip(means, deviations)] for sign in (-1, 1))

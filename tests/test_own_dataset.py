@@ -220,3 +220,11 @@ def test_without_names_the_classes_are_numbers_and_the_training_set_is_read_once
     call(monkeypatch, cifar, f'--dataset stripes:Stripes {FLAGS} --epochs 1 -c run')
     assert read == ['train', 'test']
     assert torch.load('run/checkpoint.pth.tar', weights_only=True)['classes'] == ['0', '1', '2', '3']
+
+
+def test_a_single_class_is_refused_by_its_name(stripes, monkeypatch):
+    import stripes as module
+    make = module.Stripes.__getitem__
+    monkeypatch.setattr(module.Stripes, '__getitem__', lambda self, index: (make(self, index)[0], 2))
+    with pytest.raises(UserError, match='has images of a single class, middle; a classifier needs at least two'):
+        call(monkeypatch, cifar, f'--dataset stripes:Stripes {FLAGS} -c run')

@@ -216,16 +216,14 @@ def read_ahead(dataset, workers, seeds=(0,), **options):
     options = {'batch_size': None, 'generator': seeded_generator(*seeds), **options}
     workers = min(workers, len(dataset))
     if workers:
+        fork = 'fork' if sys.platform == 'linux' else None  # a transform may be a lambda
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'This DataLoader will create')  # more than processors: on a slow disk
-            loader = torch.utils.data.DataLoader(
-                dataset, num_workers=workers, worker_init_fn=_begin_reader,
-                multiprocessing_context='fork' if sys.platform == 'linux' else None,  # a transform may be a lambda
-                **options)
-        try:
-            return iter(loader)
-        except OSError as error:
-            _say_without_readers(one_line(error))
+            try:
+                return iter(torch.utils.data.DataLoader(dataset, num_workers=workers, multiprocessing_context=fork,
+                                                        worker_init_fn=_begin_reader, **options))
+            except OSError as error:
+                _say_without_readers(one_line(error))
     return iter(torch.utils.data.DataLoader(dataset, **options))
 
 
@@ -243,10 +241,12 @@ def _begin_reader(worker):
 
 
 def _send(tensor):
-    """How a worker hands over a tensor: in a file of memory alone, which /dev/shm does not bound; as bytes if small."""
+    """How a worker hands over a tensor: in a file of memory alone, which /dev/shm does not bound; as bytes if it is
+    small, or too many files are open.
+    """
     array = tensor.contiguous().numpy(force=True)
     if array.size > 10000 and hasattr(os, 'memfd_create'):
-        with contextlib.suppress(OSError), open(os.memfd_create('batch'), 'wb') as file:  # too many open files: as bytes
+        with contextlib.suppress(OSError), open(os.memfd_create('batch'), 'wb') as file:
             file.write(array)
             file.flush()
             return _receive, (DupFd(file.fileno()), tensor.dtype, tensor.shape)

@@ -69,10 +69,11 @@ def describe(name, root, image_size=32, workers=4):
     A data set of one's own is read here, and `load` returns what was read.
     """
     if own_dataset.is_own(name):
-        split = _read[name, root, 'train', image_size] = own_dataset.load(name, root, 'train', image_size, workers)
+        split = _checked(own_dataset.load(name, root, 'train', image_size, workers), f'{name} (train)')
         if split.labels.unique().numel() < 2:
-            raise UserError(f'--dataset {name} has images of a single class, {split.classes[split.labels[0]]}, to train '
-                            'on; a classifier needs at least two')
+            raise UserError(f'--dataset {name} (train) has images of a single class, {split.classes[split.labels[0]]}; '
+                            'a classifier needs at least two')
+        _read[name, root, 'train', image_size] = split
         return Known(len(split.classes), len(split.labels), True)
     if name != 'folder':
         return DATASETS[name]

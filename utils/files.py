@@ -60,7 +60,7 @@ def megabytes(size):
 
 
 def open_text(path, mode='r', newline=None):
-    """A text file in UTF-8 whatever the locale; bytes of file names that are not UTF-8 are kept. newline: '' for csv."""
+    """A text file in UTF-8 whatever the locale, with the bytes of names that are not UTF-8. newline: '' for csv."""
     return open(path, mode, encoding='utf-8', errors='surrogateescape', newline=newline)
 
 

@@ -80,8 +80,8 @@ def build(arch, num_classes, classifier=nn.Linear, pretrained=False, image_size=
     built for one size alone, inception_v3 for at least 299, the others for any.
     options: those of resolve_options.
 
-    ValueError for an option that it does not know, weights that do not exist or cannot be downloaded, an image size that cannot be, or a
-    network that does not end in a linear layer.
+    ValueError for an option that it does not know, weights that do not exist or cannot be downloaded, an image size
+    that cannot be, or a network that does not end in a linear layer.
     """
     options = resolve_options(arch, options)
     weights = default_weights(arch) if pretrained else None
@@ -149,7 +149,8 @@ def _without_weights(url, error):
     reason = ' '.join(str(getattr(error, 'reason', error)).split())
     if os.path.exists(file):
         return f'--pretrained: {file} is damaged ({reason[:200]}); remove it, or replace it by {url}'
-    return f'--pretrained: {url} could not be downloaded ({reason[:200]}); put it by hand where it is looked for: {file}'
+    return (f'--pretrained: {url} could not be downloaded ({reason[:200]}); put it by hand where it is looked for, '
+            f'{file}')
 
 
 @torch.no_grad()
