@@ -22,13 +22,14 @@ In your own loop:
 """
 import contextlib
 import functools
+import inspect
 import math
 
 import torch
 
 
 class AMP(torch.optim.Optimizer):
-    """Wraps `base_optimizer`, any torch.optim class, which gets `options`; SGD by default.
+    """Wraps `base_optimizer`, a torch.optim class that steps without a closure, which gets `options`; SGD by default.
 
     epsilon: radius of the ball, at least 0. inner_lr: step size in the ball. inner_iter: number of steps in the ball;
     0 is the base optimizer. perturbation: 'tensor', a ball for each parameter tensor, or 'global', one ball for all.
@@ -47,6 +48,7 @@ class AMP(torch.optim.Optimizer):
                  base_optimizer=torch.optim.SGD, **options):
         if perturbation not in ('tensor', 'global'):
             raise ValueError(f"perturbation must be 'tensor' or 'global', was given {perturbation!r}")
+        check_base_optimizer('AMP', base_optimizer)
         super().__init__(params, {'lr': lr, 'epsilon': epsilon, 'inner_lr': inner_lr, 'inner_iter': inner_iter})
         for group in self.param_groups:
             for name in ('epsilon', 'inner_lr'):
@@ -174,6 +176,15 @@ class AMP(torch.optim.Optimizer):
             factor = (group['epsilon'] / (length + 1e-12)).clamp(max=1)
             torch._foreach_mul_(delta, factor.unbind() if factor.dim() else factor)
         return deltas, all_lengths.isfinite().all()
+
+
+def check_base_optimizer(wrapper, base_optimizer):
+    """ValueError unless `base_optimizer`, a class or a partial of one, steps without a closure."""
+    kind = getattr(base_optimizer, 'func', base_optimizer)
+    parameters = list(inspect.signature(getattr(kind, 'step', lambda self: None)).parameters.values())[1:]
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step calls a closure itself; base_optimizer must '
+                         f'step with the gradients that are there, as SGD, Adam, AdamW and RMSprop do')
 
 
 def copies(tensors):

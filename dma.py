@@ -13,9 +13,13 @@ In your own loop:
     logits, cosine = head(features)
     loss = F.cross_entropy(logits, targets) + 0.5 * dma_loss(cosine)
 """
+import contextlib
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 
 class DMA_Linear(nn.Linear):
@@ -30,8 +34,7 @@ class DMA_Linear(nn.Linear):
 
     def forward(self, x, targets=None):
         logits = super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            # bfloat16 would round every angle below 3.6 degrees to 0.
+        with without_autocast(x):  # bfloat16 would round every angle below 3.6 degrees to 0
             cosine = F.linear(unit_rows(x), unit_rows(self.weight.detach()))
         return logits, cosine
 
@@ -46,29 +49,70 @@ def dma_loss(cosine):
         raise ValueError(f'dma_loss takes cosines (batch, classes) with at least one class, '
                          f'was given {tuple(cosine.shape)}')
     nearest = cosine.to(at_least_float32(cosine)).max(dim=1).values
-    return _HalfSquaredAngle.apply(nearest).sum() / max(len(nearest), 1)
+    return half_squared_angle(nearest).sum() / max(len(nearest), 1)
+
+
+def half_squared_angle(cosine, order=0):
+    """f(c) = 1/2 arccos(c)^2, or its derivative of this `order`, which can itself be differentiated, in every mode.
+
+    f'(c) = -theta / sin(theta), whose limit at c = 1 is -1, where the chain rule through arccos gives 0 * inf. At
+    c = -1 the slope is infinite, so sin(theta) is kept at or above the square root of the rounding error of c, which
+    makes the slope finite.
+    """
+    # torch.compile refuses a function that has a jvp.
+    function = _HalfSquaredAngle if torch.compiler.is_compiling() else _HalfSquaredAngleWithJvp
+    return function.apply(cosine, order)
 
 
 class _HalfSquaredAngle(torch.autograd.Function):
-    """f(c) = 1/2 arccos(c)^2, with f'(c) = -theta / sin(theta), whose limit at c = 1 is -1.
-
-    The chain rule through arccos gives 0 * inf there. At c = -1 the slope is infinite, so sin(theta) is kept at or
-    above the square root of the rounding error of c, which makes the slope finite.
-    """
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, cosine):
+    def forward(cosine, order):
         cosine = cosine.clamp(-1, 1)
-        ctx.save_for_backward(cosine)
-        return 0.5 * torch.arccos(cosine) ** 2
+        theta = torch.arccos(cosine)
+        if order == 0:
+            return 0.5 * theta ** 2
+        sine = torch.sqrt((1 - cosine) * (1 + cosine)).clamp(min=torch.finfo(cosine.dtype).eps ** 0.5)
+        slope = -torch.where(cosine > 0, 1 / torch.sinc(theta / torch.pi), theta / sine)
+        return slope if order == 1 else torch.where(cosine > 0.5, _near_one(cosine, order),
+                                                    _from_slope(cosine, slope, sine ** 2, order))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        cosine, ctx.order = inputs
+        ctx.save_for_backward(cosine)
+        ctx.save_for_forward(cosine)
+
+    @staticmethod
     def backward(ctx, grad):
         cosine, = ctx.saved_tensors
-        theta = torch.arccos(cosine)
-        sine = torch.sqrt((1 - cosine) * (1 + cosine)).clamp(min=torch.finfo(cosine.dtype).eps ** 0.5)
-        return -grad * torch.where(cosine > 0, 1 / torch.sinc(theta / torch.pi), theta / sine)
+        return grad * half_squared_angle(cosine, ctx.order + 1), None
+
+
+class _HalfSquaredAngleWithJvp(_HalfSquaredAngle):
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        cosine, = ctx.saved_tensors
+        # PyTorch switches forward mode off here, and a derivative of this derivative would silently be 0.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return tangent * half_squared_angle(forward_ad.unpack_dual(cosine).primal, ctx.order + 1)
+
+
+def _from_slope(cosine, slope, squared_sine, order):
+    """The derivative of f of `order` 2 or more: (1 - c^2) f'' = 1 + c f', differentiated order - 2 times."""
+    before, value = slope, (1 + cosine * slope) / squared_sine
+    for n in range(1, order - 1):
+        before, value = value, ((2 * n + 1) * cosine * value + n ** 2 * before) / squared_sine
+    return value
+
+
+def _near_one(cosine, order, terms=50):
+    """The same from f(c) = sum over k of (2 - 2 c)^k / (k^2 (2k choose k)), as the other is 0 / 0 at c = 1."""
+    powers = range(order, order + terms)
+    factors = [(-1) ** order * 2 ** k * math.perm(k, order) / (k ** 2 * math.comb(2 * k, k)) for k in powers]
+    exponents = torch.arange(terms, dtype=cosine.dtype, device=cosine.device)
+    return ((1 - cosine)[..., None] ** exponents) @ torch.tensor(factors, dtype=cosine.dtype, device=cosine.device)
 
 
 def unit_rows(vectors):
@@ -76,9 +120,17 @@ def unit_rows(vectors):
     vectors = vectors.to(at_least_float32(vectors))
     # Scaled by the largest entry first, so that squares neither overflow nor vanish; the direction does not change.
     largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
-    vectors = vectors / largest.masked_fill(largest < torch.finfo(vectors.dtype).tiny, torch.inf)
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / length.masked_fill(length == 0, torch.inf)
+    short = largest < torch.finfo(vectors.dtype).tiny
+    vectors = vectors / largest.masked_fill(short, torch.inf)
+    # A row of 0 counts as a row of 1 here, because the second derivative of a length is NaN at 0.
+    length = torch.linalg.vector_norm(vectors + short, dim=-1, keepdim=True)
+    return vectors / length
+
+
+def without_autocast(tensor):
+    """A context without autocast on the device of `tensor`; some, such as meta, have none to switch off."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def at_least_float32(tensor):

@@ -19,12 +19,14 @@ In your own loop:
     optimizer.step()
     head.after_step()                                  # beta falls; without this line it stays as it is
 """
+import contextlib
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 
 class LSoftmaxLinear(nn.Linear):
@@ -58,13 +60,12 @@ class LSoftmaxLinear(nn.Linear):
                              'for plain logits use head.eval()')
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round every angle below 3.6 degrees to 0
+        with without_autocast(x):  # bfloat16 would round every angle below 3.6 degrees to 0
             if not self.training:
                 return F.linear(x, weight)
-            logits, plain, length = _LinearWithTarget.apply(x, weight, targets)
-            margined = self._with_margin(plain, length * torch.linalg.vector_norm(x, dim=1))
-            # In place, because with very many classes a second (batch, classes) tensor would fill the memory.
-            logits.scatter_(1, targets[:, None], margined[:, None])
+            logits, plain, length = linear_with_target(x, weight, targets)
+            margined = self._with_margin(plain, length * lengths_of(x))
+            logits = logits.scatter(1, targets[:, None], margined[:, None])
             self._last = targets, plain.detach()
             return logits
 
@@ -92,6 +93,12 @@ class LSoftmaxLinear(nn.Linear):
         """Multiplies beta by its decay; call it once after each optimizer step."""
         self.beta.mul_(self.beta_decay)
 
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        if self._last and any(map(torch._C._functorch.is_functorch_wrapped_tensor, self._last)):
+            state['_last'] = None  # tensors of torch.func can be neither copied nor saved
+        return state
+
     def extra_repr(self):
         return f'{super().extra_repr()}, margin={self.margin}, beta_decay={self.beta_decay}, beta_min={self.beta_min}'
 
@@ -104,32 +111,76 @@ def chebyshev(cosine, m):
     return value
 
 
-class _LinearWithTarget(torch.autograd.Function):
+def lengths_of(rows):
+    """|row| of (batch, features), with derivatives 0 at 0, where the second one of vector_norm is NaN."""
+    zero = (rows == 0).all(dim=1, keepdim=True)
+    return torch.linalg.vector_norm(rows.masked_fill(zero, 1), dim=1).masked_fill(zero.squeeze(1), 0)
+
+
+def linear_with_target(x, weight, targets):
     """x W^T (batch, classes), and for the target alone w.x and |w|, each (batch,).
 
     As separate operations each of the three would have a gradient of the size of the weight; here they share one.
     """
+    # torch.compile refuses a function that has a jvp.
+    function = _LinearWithTarget if torch.compiler.is_compiling() else _LinearWithTargetAndJvp
+    return function.apply(x, weight, targets)
+
+
+class _LinearWithTarget(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        ctx.save_for_backward(x, weight, targets)
+    def forward(x, weight, targets):
         logits = F.linear(x, weight)
         return logits, logits.gather(1, targets[:, None]).squeeze(1), torch.linalg.vector_norm(weight[targets], dim=1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad_logits, grad_dot, grad_length):
         x, weight, targets = ctx.saved_tensors
         grad_dot, grad_length = grad_dot[:, None], grad_length[:, None]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             rows = weight[targets]
             grad_x = grad_weight = None
             if ctx.needs_input_grad[0]:
                 grad_x = grad_logits @ weight + grad_dot * rows
             if ctx.needs_input_grad[1]:
-                length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-                directions = rows / length.masked_fill(length == 0, torch.inf)
-                grad_weight = (grad_logits.t() @ x).index_add_(0, targets, grad_dot * x + grad_length * directions)
+                grad_rows = grad_dot * x + grad_length * directions(rows)
+                grad_weight = grad_logits.t() @ x
+                # In place, as a second tensor of this size would be the peak of memory, but not for torch.func.
+                add = grad_weight.index_add if torch.is_grad_enabled() else grad_weight.index_add_
+                grad_weight = add(0, targets, grad_rows)
         return grad_x, grad_weight, None
+
+
+class _LinearWithTargetAndJvp(_LinearWithTarget):
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent, _):
+        # PyTorch switches forward mode off here, and a derivative of this derivative would silently be 0.
+        with forward_ad._set_fwd_grad_enabled(True), without_autocast(ctx.saved_tensors[0]):
+            x, weight, targets = (forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
+            x_tangent = torch.zeros_like(x) if x_tangent is None else x_tangent
+            weight_tangent = torch.zeros_like(weight) if weight_tangent is None else weight_tangent
+            logits = F.linear(x_tangent, weight) + F.linear(x, weight_tangent)
+            length = (directions(weight[targets]) * weight_tangent[targets]).sum(dim=1)
+            return logits, logits.gather(1, targets[:, None]).squeeze(1), length
+
+
+def directions(rows):
+    """Each row of (batch, features) divided by its length; 0 for 0."""
+    lengths = lengths_of(rows)[:, None]
+    return rows / lengths.masked_fill(lengths == 0, torch.inf)
+
+
+def without_autocast(tensor):
+    """A context without autocast on the device of `tensor`; some, such as meta, have none to switch off."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 class LargeMarginSoftmaxLoss(nn.Module):

@@ -21,13 +21,14 @@ In your own loop:
     loss = optimizer.step(closure)
 """
 import functools
+import inspect
 import math
 
 import torch
 
 
 class SmoothOut(torch.optim.Optimizer):
-    """Wraps `base_optimizer`, any torch.optim class, which gets `options`; SGD by default.
+    """Wraps `base_optimizer`, a torch.optim class that steps without a closure, which gets `options`; SGD by default.
 
     ss: sharpness smoothing, the size of the noise, at least 0; in the units of the weights, or with adapt 'weight' and
     'filter' relative to each weight or to each filter's length. noise: 'uniform' or 'normal'. adapt: 'none', 'weight'
@@ -47,6 +48,7 @@ class SmoothOut(torch.optim.Optimizer):
             raise ValueError(f"noise must be 'uniform' or 'normal', was given {noise!r}")
         if adapt not in ('none', 'weight', 'filter'):
             raise ValueError(f"adapt must be 'none', 'weight' or 'filter', was given {adapt!r}")
+        check_base_optimizer('SmoothOut', base_optimizer)
         self.coefficient = functools.partial(smoothing_coefficient, schedule, total_steps=total_steps,
                                              anneal_index=anneal_index, tanh_scale=tanh_scale)
         self.coefficient(first_step)  # raises ValueError if an option is out of range
@@ -60,11 +62,16 @@ class SmoothOut(torch.optim.Optimizer):
         self.noisy, self.saved = [], []  # during a step: the parameters under noise, and copies of them without noise
         # A random seed, so that the noise is not what dropout draws, and is unrelated for neighbouring seeds.
         seed = torch.randint(2 ** 63 - 1, (), generator=torch.Generator().manual_seed(torch.initial_seed())).item()
-        self.generator = generator or torch.Generator(self.param_groups[0]['params'][0].device).manual_seed(seed)
+        self.generator = generator or torch.Generator(self._device()).manual_seed(seed)
         self._use_base_groups()
 
     def _use_base_groups(self):
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    def _device(self):
+        """Where the noise is drawn: on the parameters' device, but the meta device has no generator."""
+        kinds = [p.device for group in self.param_groups for p in group['params'] if p.device.type != 'meta']
+        return kinds[0] if kinds else 'cpu'
 
     def __getstate__(self):
         names = ('base_optimizer', 'noise', 'adapt', 'exclude', 'steps', 'coefficient', 'generator')
@@ -134,6 +141,15 @@ class SmoothOut(torch.optim.Optimizer):
 
     def _draw(self):
         return draw(self.noisy, self.noise, self.generator)
+
+
+def check_base_optimizer(wrapper, base_optimizer):
+    """ValueError unless `base_optimizer`, a class or a partial of one, steps without a closure."""
+    kind = getattr(base_optimizer, 'func', base_optimizer)
+    parameters = list(inspect.signature(getattr(kind, 'step', lambda self: None)).parameters.values())[1:]
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step calls a closure itself; base_optimizer must '
+                         f'step with the gradients that are there, as SGD, Adam, AdamW and RMSprop do')
 
 
 def draw(weights, noise='uniform', generator=None):

@@ -33,7 +33,8 @@ class Activations:
 
     def _at_input(self, model, inputs):
         if torch.is_grad_enabled():
-            images = inputs[0].detach().requires_grad_()
+            # Images that require a gradient, such as a user's, keep their graph.
+            images = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
             self._keep('input', model, None, images)
             return images, *inputs[1:]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from utils import distributed
+from utils import device as devices, distributed
 from utils.errors import one_line
 
 # torchvision is imported where it is used: it takes a second or more.
@@ -66,7 +66,7 @@ def mean_and_std_of(histogram):
 
 def seeded_generator(*numbers, device='cpu'):
     """A generator whose stream depends on all of the numbers: the run's seed, the epoch, ..."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    return devices.generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 class Batches:

@@ -1,4 +1,5 @@
 """The device that a script runs on."""
+import contextlib
 import os
 import pathlib
 import platform
@@ -30,7 +31,19 @@ def set_up(args, compiling=False):
 
 def autocast(args, images):
     """bfloat16 autocast for a pass of `images`, with --precision bf16."""
-    return torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == 'bf16')
+    return bf16_autocast(images.device, args.precision == 'bf16')
+
+
+def bf16_autocast(device, enabled=True):
+    """bfloat16 autocast on `device`; nothing where there is no autocast, as on the meta device."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def generator(device='cpu'):
+    """A torch.Generator for tensors on `device`; the meta device, which draws nothing, takes one of the CPU."""
+    return torch.Generator('cpu' if torch.device(device).type == 'meta' else device)
 
 
 def environment(device):

@@ -3,6 +3,7 @@ import torch
 from torch.func import functional_call
 
 from smoothout import adapted, batch_norm_parameters, draw
+from utils.device import bf16_autocast
 from utils.eval import Meter, cross_entropy
 
 
@@ -35,7 +36,7 @@ class Landscape:
     def outputs(self, tensors, inputs):
         """What the model returns for `inputs`, (batch, 3, height, width); tensors: its parameters and buffers by name.
         """
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
+        with bf16_autocast(inputs.device, self.precision == 'bf16'):
             return functional_call(self.model, tensors, (inputs.to(self.weights.dtype),))
 
     @torch.no_grad()
