@@ -18,6 +18,7 @@ import imagenet
 from helpers import call
 from utils import checkpoint, datasets, output
 from utils.errors import UserError
+from utils.run import run_script
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = '-d digits --arch lenet --train-batch 16 --lr 0.02 --manualSeed 2'
@@ -258,3 +259,75 @@ def test_other_training_images_are_named_and_make_a_mixed_run(monkeypatch, tmp_p
     call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
     assert 'the train images are not those of' in capsys.readouterr().out
     assert 'training images' in changes(tmp_path)[0]
+
+
+# The end of a script
+
+def ended(program, tmp_path, **environment):
+    """(exit status, stderr) of a script whose main is `program`."""
+    (tmp_path / 'script.py').write_text('import os, signal, sys, time\nimport torch\n'
+                                        'from utils.run import run_script\n\ndef main():\n    ' + program +
+                                        '\n\nrun_script(main)\n')
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, text=True, capture_output=True, timeout=120,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), **environment})
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize('program, status, sentence', [
+    ('os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)', 130, 'Stopped before there was'),
+    ('torch.empty(10 ** 14)', 1, 'error: there is not enough memory'),
+    ('open("/dev/full", "w").write("x" * 10 ** 6)', 1, 'error: '),
+])
+def test_a_script_ends_with_one_sentence(program, status, sentence, tmp_path):
+    found, error = ended(program, tmp_path)
+    assert found == status and error.count('\n') == 1 and error.startswith(sentence), error
+
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate\n2 GiB')])
+def test_every_word_for_memory_that_is_not_there_is_known(error, monkeypatch):
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match='error: there is not enough memory [^\n]*$'):
+        run_script(main)
+
+
+def test_a_second_signal_does_not_disturb_what_the_first_one_ends(tmp_path):
+    program = ('try:\n        os.kill(os.getpid(), signal.SIGINT)\n    finally:\n        os.kill(os.getpid(), '
+               'signal.SIGTERM); time.sleep(0.1); open("ended", "w")')
+    assert ended(program, tmp_path) == (130, 'Stopped before there was a result.\n') and (tmp_path / 'ended').exists()
+
+
+def test_pictures_never_end_a_run(tmp_path):
+    """Matplotlib refuses a backend that is not installed, as a notebook leaves one in the environment."""
+    run = start(f'{SHORT} --epochs 2 --train-fraction 0.1 -c run', tmp_path,
+                env={**os.environ, 'MPLBACKEND': 'module://not_installed'})
+    printed, errors = run.communicate(timeout=300)
+    assert run.returncode == 0 and printed.count('a picture cannot be drawn') <= 1 and 'Traceback' not in errors
+    assert (tmp_path / 'run/result.json').exists()
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    ('-a wrn --widen-factor 3000', 'the weights of --arch wrn with gradients and optimizer state take'),
+    ('-a densenet --depth 10 --growthRate 100000', 'the weights of --arch densenet'),
+    ('-a lenet --train-batch 100000000', 'the activations of 100000000 images in --arch lenet take'),
+    ('-a lenet --mini-batch 50000000 --train-batch 100000000', 'the activations of 50000000 images'),
+])
+def test_what_does_not_fit_into_memory_is_refused_before_any_work(flags, sentence, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
+    with pytest.raises(UserError, match=f'{sentence}.* GB are free'):
+        call(monkeypatch, cifar, f'-d digits {flags} -c {tmp_path}/run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_photograph_that_does_not_fit_into_memory_is_refused(monkeypatch, tmp_path):
+    from PIL import Image
+    for part in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new('RGB', (8, 8)).save(tmp_path / part / name / f'{index}.png')
+    with pytest.raises(UserError, match='two images of 1000000x1000000 pixels take'):
+        call(monkeypatch, imagenet, f'--data {tmp_path} --image-size 1000000 --train-batch 2 -c {tmp_path}/run')
