@@ -239,6 +239,14 @@ def bounded(kind, low=-math.inf, high=math.inf, above=False):
     return convert
 
 
+def cuda_device(text):
+    """An argparse type: one CUDA device, as CUDA_VISIBLE_DEVICES names it."""
+    if not re.fullmatch(r'[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+', text):
+        raise argparse.ArgumentTypeError('must be one CUDA device, such as 0 (torchrun uses several), was given '
+                                         f'{text}')
+    return text
+
+
 def add_training_arguments(group, train_batch, test_batch):
     """train_batch, test_batch: the defaults."""
     group.add_argument('--train-batch', type=bounded(int, 1), default=train_batch, metavar='N',
@@ -275,4 +283,5 @@ def add_run_arguments(group, folder):
     group.add_argument('--deterministic', action='store_true', help='same seed, same bits')
     group.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32', help='bf16: autocast (fp32)')
     group.add_argument('--compile', action='store_true', help='torch.compile the model')
-    group.add_argument('--gpu-id', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
+    group.add_argument('--gpu-id', type=cuda_device, metavar='ID',
+                       help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
