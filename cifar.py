@@ -39,7 +39,8 @@ def make_parser():
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME',
                        help=', '.join(models.MODELS))
-    group.add_argument('--depth', type=bounded(int, 1), metavar='N', help='layers (each architecture has a default)')
+    group.add_argument('--depth', type=bounded(int, 1, 10000), metavar='N',
+                       help='layers (each architecture has a default)')
     group.add_argument('--block-name', choices=('BasicBlock', 'Bottleneck'),
                        help='resnet, preresnet, densenet, pyramidnet')
     group.add_argument('--cardinality', type=bounded(int, 1), metavar='N', help='resnext: groups (8)')

@@ -7,7 +7,6 @@
 The checkpoint knows its network and its data. The confusion matrix is written beside it.
 """
 import argparse
-import fractions
 import math
 import os
 
@@ -28,8 +27,9 @@ NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'a
 def pixels(text):
     """An argparse type: a share of the way from black to white, such as 8/255."""
     try:
-        value = float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
+        above, _, below = text.partition('/')
+        value = bounded(float, 0)(above) / bounded(float, 0)(below or '1')
+    except (argparse.ArgumentTypeError, ZeroDivisionError):
         value = math.nan
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError('must be a share of the way from black to white, from 0 to 1, such as '

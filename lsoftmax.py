@@ -215,6 +215,8 @@ CLASS_TARGETS = True  # the margin is for one class of each image
 
 def head(args):
     """`args` -> (in_features, num_classes) -> module."""
+    if args.margin > 1000:  # a pass computes as many terms, and the paper has at most 4
+        raise ValueError(f'--margin must be at most 1000, was given {args.margin}')
     unused = {'beta', 'beta_decay', 'beta_min'} & args.given
     if args.margin == 1 and unused:
         flag = f'--{min(unused).replace("_", "-")}'

@@ -28,13 +28,14 @@ from utils.batches import seeded_generator
 from utils.errors import Stopped, UserError
 from utils.eval import quantities
 from utils.files import drawn, save_figure
-from utils.flags import Parser, bounded, file_path
+from utils.flags import FLOAT32, Parser, bounded, file_path
 from utils.lab import checkpoints
 from utils.lab.scan import Scan
 from utils.run import run_script
 
 AXES = {'line': ['alpha'], 'directions': ['direction', 'alpha'], 'surface': ['alpha', 'beta']}
 ALPHA = {'line': '-1:0.1:2', 'directions': '-0.3:0.02:0.31', 'surface': '-1:0.1:1'}
+MOST_POINTS = 1000000  # a table and a picture of more would fill the memory
 
 
 def alphas(text):
@@ -46,18 +47,19 @@ def alphas(text):
             raise ValueError('not a number')
     except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f'must be START:STEP:STOP, such as -1:0.1:2, was given {text}') from error
-    if not 0 <= steps < 100000:
+    if not 0 <= steps < MOST_POINTS or max(abs(start), abs(stop)) > FLOAT32[0] or abs(step) < FLOAT32[1]:
         raise argparse.ArgumentTypeError(f'is an empty range, or one without end: steps of {step} do not lead from '
                                          f'{start} to {stop}')
     return [float(start + index * step) for index in range(int(steps) + 1)]
 
 
-def parse_arguments():
-    """(flags, with `kind` of scan; the checkpoints)."""
-    parser = Parser(prog='visualize_sharpness.py', usage='python visualize_sharpness.py FILE [FILE ...] [flags]',
+def parse_arguments(prog='visualize_sharpness.py', at_most=None):
+    """(flags, with `kind` of scan; the checkpoints, `at_most` so many)."""
+    parser = Parser(prog=prog, usage=f'python {prog} FILE {"" if at_most == 1 else "[FILE ...] "}[flags]',
                     description=__doc__.split('\n')[0])
     checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
     parser.add_argument('--slave-evaluate', type=file_path, metavar='FILE', help='the same as a second FILE')
+    parser.add_argument('--no-visualize-train', action='store_true', help='the same as --mode test')
     group = parser.add_argument_group('what is drawn')
     group.add_argument('--alpha', type=alphas, metavar='A:B:C', help='from A in steps of B to C: a share of the way '
                                                                      'to the second '
@@ -77,7 +79,10 @@ def parse_arguments():
                        'training images; otherwise they are those of the checkpoint, or in between those of two')
     group.add_argument('--overwrite', action='store_true', help='replace an earlier scan')
     args = parser.parse_args()
-    files = checkpoints.files_of(args, parser)
+    files = checkpoints.files_of(args, parser, at_most)
+    if args.no_visualize_train and 'mode' in args.given:
+        parser.error('--no-visualize-train is the same as --mode test; use one of them')
+    args.mode = ['test'] if args.no_visualize_train else list(dict.fromkeys(args.mode))
     if args.compare and len(files) < 2:
         parser.error('--compare needs at least two checkpoints')
     if not args.compare and len(files) > 2:
@@ -92,16 +97,19 @@ def parse_arguments():
             parser.error(f'--{flag.replace("_", "-")} is for {what}, which are not drawn here')
     if args.surface and args.alpha and len(args.alpha) < 2:
         parser.error('--surface needs at least two values of --alpha')
-    args.mode = list(dict.fromkeys(args.mode))
     args.alpha = args.alpha or alphas(ALPHA[args.kind])
+    number = len(args.alpha) * {'line': 1, 'directions': args.directions, 'surface': len(args.alpha)}[args.kind]
+    if number > MOST_POINTS:
+        parser.error(f'--alpha{" and --directions" * (args.directions > 1)} make {number} points, and at most '
+                     f'{MOST_POINTS} can be drawn')
     subjects = [checkpoints.open_checkpoint(path, args, parser) for path in files]
     if args.update_bn and not any(smoothout.batch_norm_parameters(subject.model) for subject in subjects):
         parser.error('--update-bn is not used by networks without BatchNorm')
     return args, subjects
 
 
-def main():
-    args, subjects = parse_arguments()
+def main(**script):
+    args, subjects = parse_arguments(**script)
     checkpoints.check_alike(subjects)
     if args.kind == 'line':
         check_line(*subjects)

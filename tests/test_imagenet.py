@@ -565,8 +565,8 @@ def refused(root, monkeypatch, capsys, tmp_path):
     ('-d ROOT --pretrained -a resnext50', 'torchvision has no weights of resnext50'),
     ('-d ROOT --no-augment --auto-augment augmix', '--no-augment and --auto-augment exclude each other'),
     ('-d ROOT --no-augment --random-erase 0.5', '--no-augment and --random-erase exclude each other'),
-    ('-d ROOT --train-batch 8 --gpu-id nonsense', '--gpu-id must name one CUDA device of this machine, and nonsense '
-                                                  'names 0'),
+    ('-d ROOT --train-batch 8 --gpu-id nonsense', '--gpu-id: must be one CUDA device, such as 0 (torchrun uses '
+                                                  'several), was given nonsense'),
     (f'-d ROOT {SMALL} --method large_margin --large-margin-layers '
      'nowhere', "there is no layer 'nowhere' in this network"),
     (f'-d ROOT {SMALL} --method large_margin --label-smoothing 0.1',

@@ -1,6 +1,7 @@
 import argparse
 import math
 import sys
+import time
 from fractions import Fraction
 
 import pytest
@@ -21,7 +22,8 @@ from utils.schedule import learning_rate
 
 
 def rates(steps_per_epoch, **flags):
-    args = argparse.Namespace(**{'lr': 0.1, 'gamma': 0.1, 'schedule': None, 'warmup': 0, **flags})
+    args = argparse.Namespace(**{'lr': 0.1, 'gamma': 0.1, 'schedule': None, 'lr_step_size': None, 'warmup': 0,
+                                 **flags})
     return [learning_rate(step, steps_per_epoch, args) for step in range(args.epochs * steps_per_epoch)]
 
 
@@ -126,7 +128,7 @@ def test_epoch_scaling_keeps_the_number_of_steps(epochs, batch, multiplier, base
     assert wanted <= steps < wanted + base and args.epochs >= 1
     milestones = sorted({epochs // 2, epochs * 3 // 4} - {0})
     assert args.schedule == [math.ceil(milestone * stretch) for milestone in milestones]
-    assert len(args.regime) == args.epochs and args.lr == 0.1
+    assert list(args.regime) == [0] and args.lr == 0.1
 
 
 @pytest.mark.parametrize('flags', ['--schedule 2 5', '--lr-step-size 2', '--schedule 3 --warmup 2',
@@ -145,13 +147,37 @@ def test_epoch_scaling_makes_a_regime_as_many_steps_long():
     small = settle('--epochs 4', regime)
     for batch, base in ((256, 128), (384, 128), (100, 25)):
         large = settle(f'--epochs 4 --train-batch {batch} --base-batch {base} --epoch-scaling', regime)
-        assert large.regime == [now for now in small.regime for _ in range(batch // base)]
-    half = settle('--epochs 4 --train-batch 64 --epoch-scaling', regime)
-    assert [now['lr'] for now in half.regime] == [0.1, 0.2] and [now['weight_decay'] for now
-                                                                 in half.regime] == [0.01, 0.01]
-    uneven = settle('--epochs 4 --train-batch 192 --epoch-scaling', regime)  # 1 begins at 1.5, and 3 at 4.5
-    assert [now['lr'] for now in uneven.regime] == [0.1, 0.1, 0.2, 0.2, 0.2, 0.2]
-    assert [now['weight_decay'] for now in uneven.regime] == [0.01] * 5 + [0.02]
+        assert in_each_epoch(large) == [now for now in in_each_epoch(small) for _ in range(batch // base)]
+    half = in_each_epoch(settle('--epochs 4 --train-batch 64 --epoch-scaling', regime))
+    assert [now['lr'] for now in half] == [0.1, 0.2] and [now['weight_decay'] for now in half] == [0.01, 0.01]
+    uneven = in_each_epoch(settle('--epochs 4 --train-batch 192 --epoch-scaling', regime))  # 1 begins at 1.5, 3 at 4.5
+    assert [now['lr'] for now in uneven] == [0.1, 0.1, 0.2, 0.2, 0.2, 0.2]
+    assert [now['weight_decay'] for now in uneven] == [0.01] * 5 + [0.02]
+
+
+def in_each_epoch(args):
+    return [schedule.options_at(args.regime, epoch) for epoch in range(args.epochs)]
+
+
+def test_a_million_epochs_cost_nothing():
+    began = time.perf_counter()
+    for flags in ('', '--lr-step-size 1', '--lr-schedule cosine', '--epoch-scaling --train-batch 100',
+                  f'--schedule {" ".join(map(str, range(10 ** 5)))} --gamma 0.999'):
+        args = settle(f'--epochs {10 ** 12} --warmup 5 {flags}', REGIME)
+        assert len(repr(args.regime)) + (0 if args.schedule else len(repr(args))) < 10000
+        for step in range(0, 5 * 10 ** 12, 10 ** 10 + 1):
+            assert 0 <= learning_rate(step, 10, args) <= 0.1
+            assert schedule.options_at(args.regime, step // 10)['momentum'] in (0.8, 0.7)
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize('flags', ['--gamma 3e38', '--lr 1e36', '--lr 1e35 --lr-scaling linear --train-batch 1024',
+                                   '--gamma 10 --lr-step-size 1 --epochs 1000', '--lr-step-size 1 --gamma 3e38'])
+def test_a_rate_that_becomes_more_than_float32_holds_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        settle(flags)
+    printed = capsys.readouterr().err
+    assert 'the learning rate must not become more than 3.4e+35' in printed and printed.count('\n') == 1
 
 
 # Regimes
@@ -176,20 +202,20 @@ regimes = st.dictionaries(st.integers(0, 9), st.dictionaries(names, st.floats(0.
 @given(regime=regimes, epochs=st.integers(1, 8))
 def test_a_regime_holds_from_its_epoch_on_be_it_a_dict_or_a_function(regime, epochs):
     expected = by_loop(regime, epochs)
-    assert schedule.unrolled(regime, epochs) == expected
-    assert schedule.unrolled(lambda epoch: regime.get(epoch), epochs) == expected  # None where nothing is set
-    assert schedule.unrolled(lambda epoch: expected[epoch], epochs) == expected  # all of it in every epoch
-    assert schedule.unrolled(None, epochs) == [{}] * epochs
+    for form in (regime, lambda epoch: regime.get(epoch),  # None where nothing is set
+                 lambda epoch: expected[epoch]):  # all of it in every epoch
+        changes = schedule.changes(form, epochs)
+        assert [schedule.options_at(changes, epoch) for epoch in range(epochs)] == expected
+    assert schedule.changes(None, epochs) == {0: {}}
 
     args = settle(f'--epochs {epochs} --start-epoch {epochs - 1}', regime)
     defaults = {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 5e-4}
     if any('lr' in now for now in expected):
-        assert args.regime == [{**defaults, **now} for now in expected] and args.lr_schedule == 'regime'
-        assert all_rates(args, 2) == [now['lr'] for now in args.regime for _ in range(2)]
+        assert all_rates(args, 2) == [now['lr'] for now in in_each_epoch(args) for _ in range(2)]
         steps = [options(step, 2, args) for step in range(2 * epochs)]
-        assert steps == [now for now in args.regime for _ in range(2)]
-    else:
-        assert args.regime == [{**defaults, **now} for now in expected] and args.lr_schedule == 'step'
+        assert steps == [now for now in in_each_epoch(args) for _ in range(2)]
+    assert in_each_epoch(args) == [{**defaults, **now} for now in expected]
+    assert args.lr_schedule == ('regime' if any('lr' in now for now in expected) else 'step')
 
 
 REGIME = {0: {'optimizer': 'SGD', 'lr': 0.01, 'momentum': 0.8, 'weight_decay': 0.003},
@@ -200,7 +226,7 @@ def options(step, steps_per_epoch, args):
     """What an optimizer made by the regime has at `step`."""
     optimizer = getattr(torch.optim, args.optimizer)([torch.zeros(1)], **args.regime[0])
     schedule.apply(optimizer, step, steps_per_epoch, args)
-    return {name: optimizer.param_groups[0][name] for name in args.regime[step // steps_per_epoch]}
+    return {name: optimizer.param_groups[0][name] for name in schedule.options_at(args.regime, step // steps_per_epoch)}
 
 
 def columns(args):
@@ -244,7 +270,7 @@ def test_the_optimizer_is_that_of_the_regime(optimizer):
     assert args.optimizer == optimizer
     momentum = {'SGD': 0.9, 'RMSprop': 0}.get(optimizer)
     assert columns(args) == {'lr': [0.03] * 2, 'momentum': [momentum] * 2, 'weight_decay': [5e-4, 0.1]}
-    assert not any('optimizer' in now for now in args.regime)
+    assert not any('optimizer' in now for now in args.regime.values())
 
 
 class Own(ImageClassifier):

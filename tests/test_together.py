@@ -324,11 +324,12 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method amp --top-k 2', '--top-k is a flag of --method large_margin'),
     ('--method smoothout --tanh-scale 5', '--tanh-scale belongs to --smoothing-type tanh, not constant'),
     ('--method smoothout --anneal-index 1', '--anneal-index belongs to --smoothing-type anneal'),
-    ('--method smoothout --ss nan', 'ss must be a number of at least 0, was given nan'),
+    ('--method smoothout --ss nan', '--ss/--sharpness-smoothing: must be a number, was given nan'),
     ('--method amp --epsilon -1', 'epsilon must be a number of at least 0'),
     ('--method amp --inner-iter -1', 'inner_iter must be'),
     ('--method lsoftmax --margin 0', 'margin must be a whole number of at least 1, was given 0'),
-    ('--method lsoftmax --margin 1.5', "invalid int value: '1.5'"),
+    ('--method lsoftmax --margin 1.5', '--margin: must be a whole number, was given 1.5'),
+    ('--method lsoftmax --margin 1000000000', '--margin must be at most 1000, was given 1000000000'),
     ('--method lsoftmax --beta -1', 'beta and its floor must be'),
     ('--method large_margin --large-margin-coef -1', '--large-margin-coef must be a number of at least 0'),
     ('--mini-batch 50', '--mini-batch 50 does not divide --train-batch, which is '
@@ -345,7 +346,7 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method amp --inner-iter 0 --epsilon 1', '--epsilon does nothing with --inner-iter 0'),
     ('--method lsoftmax --beta 3 --beta-min 5', '--beta 3 does nothing below --beta-min 5'),
     ('--method lsoftmax --margin 1 --beta 5', '--beta does nothing with --margin 1'),
-    ('--method smoothout --smoothing-type anneal --anneal-index nan', 'anneal_index and tanh_scale must be numbers'),
+    ('--method smoothout --smoothing-type anneal --anneal-index nan', '--anneal-index: must be a number, was given nan'),
     ('--method large_margin --cross-entropy-weight -1', '--cross-entropy-weight must be'),
     ('--method large_margin --layer-weights 1 2', 'a layer weight for each, was given 1 and 2'),
 ])

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from utils import checkpoint, output
+from utils import checkpoint, device, output
 from utils.flags import Parser, bounded
 from utils.bar import ProgressLine
 from utils.errors import UserError
@@ -315,3 +315,31 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be used as a folder'):
         output.claim(run_args(tmp_path / 'file'))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function number: pretend that the machine has so many CUDA devices, hidden as CUDA_VISIBLE_DEVICES says."""
+    def has(number):
+        def count():
+            visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(number))))
+            return sum(one.isdigit() and int(one) < number for one in visible.split(','))
+        device.use_only.cache_clear()
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+        monkeypatch.setattr(torch.cuda, 'device_count', count)
+    yield has
+    device.use_only.cache_clear()
+
+
+def test_a_cuda_device_is_used_alone_refused_or_replaced_by_the_cpu(machine, capsys):
+    machine(8)
+    device.use_only('7')
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == '7' and not capsys.readouterr().out
+    machine(2)
+    with pytest.raises(UserError, match='--gpu-id 7 is no CUDA device of this machine, which has 2, from 0'):
+        device.use_only('7')
+    assert 'CUDA_VISIBLE_DEVICES' not in os.environ
+    machine(0)
+    device.use_only('0')
+    device.use_only('0')
+    assert capsys.readouterr().out == '--gpu-id 0: there is no CUDA device here, so the CPU is used\n'

@@ -1,5 +1,6 @@
 """The device that a script runs on."""
 import contextlib
+import functools
 import os
 import pathlib
 import platform
@@ -14,10 +15,7 @@ from utils.errors import UserError
 def set_up(args, compiling=False):
     """The device, with PyTorch's switches and seeds set for it as args.gpu_id, args.deterministic and args.seed say."""
     if args.gpu_id is not None:
-        os.environ['CUDA_VISIBLE_DEVICES'] = args.gpu_id
-        if torch.cuda.device_count() != 1:
-            raise UserError(f'--gpu-id must name one CUDA device of this machine, and {args.gpu_id} names '
-                            f'{torch.cuda.device_count()}')
+        use_only(args.gpu_id)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if compiling and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler, and there is no g++ here')
@@ -27,6 +25,24 @@ def set_up(args, compiling=False):
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
     return device
+
+
+@functools.cache  # it says it once, however many checkpoints are opened
+def use_only(gpu_id):
+    """Hide all other CUDA devices; without any here, say that the CPU is used. UserError for a device that is not here.
+    """
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id
+    if torch.cuda.device_count() == 1:
+        return
+    if visible is None:
+        del os.environ['CUDA_VISIBLE_DEVICES']
+    else:
+        os.environ['CUDA_VISIBLE_DEVICES'] = visible
+    number = torch.cuda.device_count()
+    if number:
+        raise UserError(f'--gpu-id {gpu_id} is no CUDA device of this machine, which has {number}, from 0')
+    print(f'--gpu-id {gpu_id}: there is no CUDA device here, so the CPU is used')
 
 
 def autocast(args, images):

@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """One sentence: what is wrong, what was given, what would be right."""
+    """One sentence: what is wrong, what was given, what would be right. It stays in one line, whatever it quotes."""
+
+    def __str__(self):
+        return shown(super().__str__())
 
 
 class Stopped(KeyboardInterrupt):

@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple
 
 from utils import distributed
+from utils.errors import shown
 
 
 class Meaning(NamedTuple):
@@ -28,6 +29,7 @@ class Meaning(NamedTuple):
     evaluate: bool
 
 
+FLOAT32 = (2 - 2 ** -23) * 2.0 ** 127, 2.0 ** -126  # the largest number, and the smallest normal one above 0
 START, FREE, ASKED, NEVER, MODEL, BEGIN = 'start', 'free', 'asked', 'never', 'model', 'begin'
 
 # Every flag of cifar.py and imagenet.py by its name in `args`. A flag of a method needs no line: it is (True, ASKED,
@@ -124,26 +126,50 @@ def with_todays_names(values):
 class Parser(argparse.ArgumentParser):
     """Errors are one sentence; flags are read without regard to case, `-` and `_`: `--train_batch`, `--manual-seed`.
 
-    After `parse_args` the namespace has `given`: the set of names that the command line set.
+    Of a flag that is given twice the last counts, so that a command can be repeated with a change at its end. No value
+    is empty or `--`, and numbers are `bounded`, also those of a plain type=float or type=int. What follows a bare `--`
+    is positional. After `parse_args` the namespace has `given`: the set of names that the command line set.
     """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+        for kind in (int, float):
+            self.register('type', kind, bounded(kind))
         # So that -1:0.1:2 is a value too; no flag here begins with a digit.
         self._negative_number_matcher = re.compile(r'-\.?\d')
 
     def parse_args(self, args=None, defaults=None):
         """`defaults` (name -> value) of a checkpoint replace the declared defaults where the parser knows the name."""
-        words = self._canonical(sys.argv[1:] if args is None else args)
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index('--') if '--' in words else len(words)
+        words, behind = self._canonical(words[:end]), words[end + 1:]
         declared = {action.dest: action.default for action in self._actions if action.default is not argparse.SUPPRESS}
         unset = object()
         read = vars(super().parse_intermixed_args(words, argparse.Namespace(**dict.fromkeys(declared, unset))))
+        if behind:
+            self._append_positional(read, behind)
         given = {name: value for name, value in read.items() if value is not unset}
         inherited = {name: value for name, value in (defaults or {}).items() if name in declared}
         for action in self._actions:
             if action.dest in inherited.keys() - given.keys():
                 self._check_inherited(action, inherited[action.dest])
         return argparse.Namespace(**{**declared, **inherited, **given}, given=set(given))
+
+    def _append_positional(self, read, words):
+        """Add `words`, which follow a bare `--`, to the positional values in `read`."""
+        actions = self._get_positional_actions()
+        if not actions:
+            self.error(f'unrecognized arguments: {" ".join(words)}')
+        held = read[actions[0].dest]
+        try:
+            read[actions[0].dest] = [*(held if isinstance(held, list) else []), *self._get_values(actions[0], words)]
+        except argparse.ArgumentError as error:
+            self.error(str(error))
+
+    def _get_values(self, action, words):  # of argparse, which drops a value `--`
+        for word in {'', '--'} & set(words):
+            raise argparse.ArgumentError(action, f'must have a value, was given {word or "an empty one"}')
+        return super()._get_values(action, words)
 
     def _check_inherited(self, action, value):
         """Refuse a value of a checkpoint that the flag could not have on the command line."""
@@ -181,7 +207,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         distributed.pause_unless_first()
-        self.exit(2, f'{self.prog}: error: {message}\n')
+        self.exit(2, f'{self.prog}: error: {shown(message)}\n')
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -193,19 +219,30 @@ def _bare(flag):
     return flag.lower().replace('-', '').replace('_', '')
 
 
-def bounded(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float in [low, high], or in (low, high] with above=True."""
+def bounded(kind, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: an int or float in [low, high], or in (low, high] with above=True.
+
+    An int fits into int64. A float is 0 or a normal number of float32, as libraries fail at what is larger or smaller.
+    """
+    what = 'a whole number' if kind is int else 'a number'
+    largest, smallest = (2 ** 63 - 1, 0) if kind is int else FLOAT32
+
     def convert(text):
+        given = f'was given {text if len(text) <= 50 else text[:50] + "..."}'
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or value > high or value == math.inf:
-            what = 'a whole number' if kind is int else 'a number'
-            bounds = f'{"above" if above else "of at least"} {low}'
-            bounds += '' if high == math.inf else f' and at most {high}'
-            raise argparse.ArgumentTypeError(f'must be {what} {bounds}, was given {text}')
+            raise argparse.ArgumentTypeError(f'must be {what}{bounds}, {given}') from None
+        if not (low < value if above else low <= value) or value > high:
+            raise argparse.ArgumentTypeError(f'must be {what}{bounds}, {given}')
+        if abs(value) > largest:
+            raise argparse.ArgumentTypeError(f'must be {what} of at most {largest:g}, {given}')
+        if abs(value) < smallest and re.search('[1-9]', text.lower().partition('e')[0]):
+            raise argparse.ArgumentTypeError(f'must be {"" if above else "0 or "}at least {smallest:.3g}, {given}')
         return value
+
+    bounds = '' if low == -math.inf else f' {"above" if above else "of at least"} {low}'
+    bounds += '' if high == math.inf else f'{" and" * bool(bounds)} {"at most" if bounds else "of at most"} {high}'
     return convert
 
 
@@ -214,6 +251,14 @@ def file_path(text):
     if not text:
         raise argparse.ArgumentTypeError('must be a path, was given an empty word')
     return os.path.expanduser(text)
+
+
+def cuda_device(text):
+    """An argparse type: one CUDA device, as CUDA_VISIBLE_DEVICES names it."""
+    if not re.fullmatch(r'[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+', text):
+        raise argparse.ArgumentTypeError('must be one CUDA device, such as 0 (torchrun uses several), was given '
+                                         f'{text}')
+    return text
 
 
 def add_training_arguments(group, train_batch, test_batch):
@@ -252,4 +297,5 @@ def add_run_arguments(group, folder):
     group.add_argument('--deterministic', action='store_true', help='same seed, same bits')
     group.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32', help='bf16: autocast (fp32)')
     group.add_argument('--compile', action='store_true', help='torch.compile the model')
-    group.add_argument('--gpu-id', metavar='ID', help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
+    group.add_argument('--gpu-id', type=cuda_device, metavar='ID',
+                       help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')

@@ -215,7 +215,7 @@ def build_optimizer(args, model, steps_per_epoch, parameters=None):
     """
     base = OPTIMIZERS[args.optimizer].func
     options = {**args.regime[0], 'nesterov': True} if args.nesterov else args.regime[0]
-    for name in sorted(set().union(*args.regime) - set(inspect.signature(base).parameters)):
+    for name in sorted(set().union(*args.regime.values()) - set(inspect.signature(base).parameters)):
         raise ValueError(f'the regime of --arch {args.arch} sets {name}, which {args.optimizer} does not have')
     wrapping = _chosen(args, 'optimizer', model, steps_per_epoch)
     if wrapping and base is not torch.optim.SGD:

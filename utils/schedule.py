@@ -1,11 +1,12 @@
 """The optimizer's options as a pure function of the position in training: nothing to save, nothing to lose."""
+import bisect
 import functools
 import math
 from fractions import Fraction
 
 import torch
 
-from utils.flags import bounded
+from utils.flags import FLOAT32, bounded
 
 # An optimizer of your own is one more line here: its class, and its options where neither flags nor a regime set them.
 # Adam and AdamW have no momentum that could be set.
@@ -49,17 +50,20 @@ def add_arguments(group):
 def fill_in(args, regime, parser, default_lr=None):
     """Refuse a schedule that is invalid, and fill in what is not given.
 
-    regime: the model's, see `unrolled`. A flag wins over the setting of its name, and any flag about the learning rate
-    over all of the regime's rates. args.regime becomes a list, for each epoch the options of the optimizer, and
-    args.lr_schedule 'regime' if the rates are the regime's. default_lr: replaces the default rate of the optimizer.
+    regime: the model's, see `changes`. A flag wins over the setting of its name, and any flag about the learning rate
+    over all of the regime's rates. args.regime becomes a dict: the optimizer's options by the epoch from which they
+    hold, see `options_at`; and args.lr_schedule 'regime' if the rates are the regime's. default_lr: replaces the
+    default rate of the optimizer.
     """
-    settings = unrolled(regime, args.epochs)
+    settings = changes(regime, args.epochs)
     given = {name: getattr(args, name) for name in ('momentum', 'weight_decay') if getattr(args, name) is not None}
     if any(getattr(args, name) is not None for name in RATE_FLAGS):
-        settings = [{name: value for name, value in now.items() if name != 'lr'} for now in settings]
-    elif any('lr' in now for now in settings):
+        settings = {epoch: {name: value for name, value in now.items() if name != 'lr'}
+                    for epoch, now in settings.items()}
+    elif any('lr' in now for now in settings.values()):
         args.lr_schedule = 'regime'  # not a choice of the flag: giving no flag about the rate is
-    names = [args.optimizer] if args.optimizer else list(dict.fromkeys(now.get('optimizer', 'SGD') for now in settings))
+    names = list(dict.fromkeys(now.get('optimizer', 'SGD') for now in settings.values()))
+    names = [args.optimizer] if args.optimizer else names
     if len(names) > 1 or names[0] not in OPTIMIZERS:
         parser.error(f'--arch {args.arch} asks for the optimizer {" and then ".join(names)}, and a run has one of '
                      f'{", ".join(OPTIMIZERS)}; choose it with --optimizer')
@@ -70,16 +74,16 @@ def fill_in(args, regime, parser, default_lr=None):
     if 'momentum' in args.given and 'momentum' not in defaults:
         parser.error(f'--momentum is not used by --optimizer {args.optimizer}')
 
-    scale = Fraction(args.train_batch * args.batch_multiplier, args.base_batch)  # exact, as epochs are rounded up
+    scale = _scale(args)
     if 'base_batch' in args.given and args.lr_scaling == 'none' and not args.epoch_scaling:
         parser.error('--base-batch is not used without --lr-scaling sqrt, --lr-scaling linear or --epoch-scaling')
-    stretch = scale if args.epoch_scaling else 1
+    stretch = _stretch(args)
     factor = {'none': 1.0, 'sqrt': math.sqrt(scale), 'linear': float(scale)}[args.lr_scaling]
     _fill_in_rate(args, stretch, parser)
     args.epochs = math.ceil(args.epochs * stretch)
-    last = len(settings) - 1
-    args.regime = [{**defaults, **settings[min(int(epoch / stretch), last)], **given} for epoch in range(args.epochs)]
-    for now in args.regime:
+    starts = {math.ceil(epoch * stretch): now for epoch, now in settings.items()}
+    args.regime = {epoch: {**defaults, **now, **given} for epoch, now in starts.items() if epoch < args.epochs}
+    for now in args.regime.values():
         now['lr'] = (now['lr'] if args.lr is None else args.lr) * factor
         now.pop('optimizer', None)
         if 'momentum' not in defaults:  # the regime was written for another optimizer
@@ -96,21 +100,51 @@ def fill_in(args, regime, parser, default_lr=None):
         parser.error('--nesterov needs a --momentum above 0, was given 0')
     if args.start_epoch >= args.epochs:
         parser.error(f'--start-epoch {args.start_epoch} leaves nothing to train; --epochs is {args.epochs}')
+    _check_rates(args, parser)
 
 
-def unrolled(regime, epochs):
-    """The settings of each epoch, a list of dicts.
+def _scale(args):
+    """The batch over the base batch; exact, as epochs are rounded up."""
+    return Fraction(args.train_batch * args.batch_multiplier, args.base_batch)
+
+
+def _stretch(args):
+    """By how much epochs are multiplied."""
+    return _scale(args) if args.epoch_scaling else 1
+
+
+def _check_rates(args, parser):
+    try:
+        last = learning_rate(args.epochs - 1, 1, args)
+    except OverflowError:  # of a large gamma to the power of milestones
+        last = math.inf
+    highest, most = max(last, *(now['lr'] for now in args.regime.values())), FLOAT32[0] / 1000  # Adam divides by 0.1
+    if highest > most:
+        parser.error(f'the learning rate must not become more than {most:.3g}, and --lr, --gamma and --lr-scaling make '
+                     f'it {highest:.3g}')
+
+
+def changes(regime, epochs):
+    """What is set in training of `epochs`: a dict from epoch 0, and each epoch that changes something, to all settings.
 
     regime: None, a dict of epoch -> settings, or a function epoch -> settings (or None); a setting holds until it is
     set again. Settings: 'optimizer', which cannot change on the way, 'lr', 'momentum', 'weight_decay' and other
     options of the optimizer.
     """
     setting = regime if callable(regime) else (regime or {}).get
-    now, result = {}, []
-    for epoch in range(epochs):
-        now = {**now, **(setting(epoch) or {})}
-        result.append(now)
+    reached = range(epochs)
+    asked = reached if callable(regime) else sorted({0, *(epoch for epoch in regime or () if epoch in reached)})
+    now, result = {}, {}
+    for epoch in asked:
+        before, now = now, {**now, **(setting(epoch) or {})}
+        if epoch == 0 or now != before:
+            result[epoch] = now
     return result
+
+
+def options_at(regime, epoch):
+    """The optimizer's options in `epoch`; regime: args.regime."""
+    return regime[epoch if epoch in regime else max(start for start in regime if start <= epoch)]
 
 
 def _fill_in_rate(args, stretch, parser):
@@ -125,17 +159,16 @@ def _fill_in_rate(args, stretch, parser):
     elif args.schedule is not None and args.lr_step_size:
         parser.error('--schedule and --lr-step-size both say when the learning rate falls; use one of them')
     elif args.lr_step_size:
-        args.schedule = list(range(args.lr_step_size, args.epochs, args.lr_step_size))
+        args.schedule = []  # its milestones are not listed, as there may be millions
     elif args.schedule is None:
         args.schedule = sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})
     elif max(args.schedule) >= args.epochs:
-        parser.error(f'--schedule {" ".join(map(str, args.schedule))} goes past the last epoch; '
-                     f'--epochs is {args.epochs}')
+        parser.error(f'--schedule {max(args.schedule)} goes past the last epoch; --epochs is {args.epochs}')
     if args.warmup is None:
         args.warmup = 0.3 * args.epochs if args.lr_schedule == 'onecycle' else 0
     if args.warmup > args.epochs:
         parser.error(f'--warmup {args.warmup:g} is longer than the whole training; --epochs is {args.epochs}')
-    args.schedule = [math.ceil(milestone * stretch) for milestone in args.schedule]
+    args.schedule = [math.ceil(milestone * stretch) for milestone in sorted(args.schedule)]
     args.warmup *= float(stretch)
 
 
@@ -145,7 +178,7 @@ def apply(optimizer, step, steps_per_epoch, args):
     The schedule multiplies the learning rate that each parameter group was made with. Other options follow the regime
     in those groups that were made with its first values, and stay as they are in all others.
     """
-    first, now = args.regime[0], args.regime[step // steps_per_epoch]
+    first, now = args.regime[0], options_at(args.regime, step // steps_per_epoch)
     for group in optimizer.param_groups:
         made = made_with(group)
         for name in now.keys() & made.keys() - {'lr'}:
@@ -168,7 +201,8 @@ def group_rate(group, step, steps_per_epoch, args):
 def learning_rate(step, steps_per_epoch, args, highest=None):
     """The rate at `step` (0-based) of `args.epochs * steps_per_epoch`, for `highest`, which is args.lr by default:
 
-    step      highest * args.gamma ^ (milestones in args.schedule, in epochs, that are behind)
+    step      highest * args.gamma ^ (milestones in args.schedule, in epochs, that are behind), or with
+              args.lr_step_size ^ (how often as many epochs are behind)
     cosine    from `highest` to 0 along half a cosine
     onecycle  up from highest / 25 to `highest`, then down to highest / 250,000, both along half a cosine
               (Smith and Topin, arXiv 1708.07120, as torch.optim.lr_scheduler.OneCycleLR, with constant momentum)
@@ -179,7 +213,7 @@ def learning_rate(step, steps_per_epoch, args, highest=None):
     """
     highest = args.lr if highest is None else highest
     if args.lr_schedule == 'regime':
-        rate = args.regime[step // steps_per_epoch]['lr']
+        rate = options_at(args.regime, step // steps_per_epoch)['lr']
         return rate if highest == args.lr else rate * highest / args.lr
     warmup = args.warmup * steps_per_epoch
     steps = args.epochs * steps_per_epoch
@@ -192,7 +226,10 @@ def learning_rate(step, steps_per_epoch, args, highest=None):
     step = max(step, warmup)
     if args.lr_schedule == 'cosine':
         return climb * _half_cosine(highest, 0, (step - warmup) / (steps - warmup or 1))
-    return climb * highest * args.gamma ** sum(milestone <= step // steps_per_epoch for milestone in args.schedule)
+    epoch = int(step // steps_per_epoch)
+    behind = (int(epoch / (args.lr_step_size * _stretch(args))) if args.lr_step_size
+              else bisect.bisect_right(args.schedule, epoch))
+    return climb * highest * args.gamma ** behind
 
 
 def _half_cosine(start, end, fraction):

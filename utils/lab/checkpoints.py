@@ -9,11 +9,14 @@ import torch
 import smoothout
 from utils import batches as image_batches, checkpoint, datasets, device as devices, folders, methods, resume
 from utils.errors import UserError
-from utils.flags import bounded, file_path
+from utils.flags import bounded, cuda_device, file_path
 from utils.lab.landscape import Landscape
 
 # imported when they are needed, as torchvision takes a second or more
 SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}
+
+# Names of the SmoothOut project's models, which its commands give as --model.
+SMOOTHOUT_NAMES = {'cifar10_shallow': 'shallow', 'cifar100_shallow': 'shallow', 'mnist_f1': 'mlp'}
 
 KEPT = 4  # gigabytes of images, in memory
 
@@ -40,18 +43,19 @@ def add_arguments(parser, modes, default_modes, precision=None):
                        f'({default_modes if modes is None else " ".join(default_modes)})')
     group.add_argument('--no-augment', action='store_true', help='images as they are')
     group.add_argument('--images', type=bounded(int, 1), metavar='N', help='at most N of each, drawn at random (all)')
-    group.add_argument('-d', '--dataset', type=datasets.dataset_name, metavar='NAME',
-                       help=f'{", ".join(datasets.DATASETS)}, or module:Class')
+    group.add_argument('-d', '--dataset', metavar='NAME',
+                       type=lambda text: text if text == 'imagenet' else datasets.dataset_name(text),
+                       help=f'{", ".join(datasets.DATASETS)}, or module:Class; of checkpoints of imagenet.py imagenet')
     group.add_argument('--data', type=file_path, metavar='DIR', help='where the data is')
     group.add_argument('-j', '--workers', type=bounded(int, 1), metavar='N', help='threads that read images')
-    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', type=bounded(int, 1), metavar='N',
-                       help='in one pass')
+    group.add_argument('-b', '--test-batch', '--batch-size', '--mini-batch-size', '--b', type=bounded(int, 1),
+                       metavar='N', help='in one pass')
     group = parser.add_argument_group('run')
     group.add_argument('-a', '--arch', '--model', metavar='NAME',
                        help='not needed; refused if it is not that of the checkpoint')
     group.add_argument('--precision', choices=('fp32', 'bf16', 'fp64'), default=precision,
                        help=f'bf16: autocast ({precision or "that of the run"})')
-    group.add_argument('--gpu-id', '--gpus', metavar='ID',
+    group.add_argument('--gpu-id', '--gpus', type=cuda_device, metavar='ID',
                        help='the CUDA device to use, as in CUDA_VISIBLE_DEVICES (0)')
     group.add_argument('--manualSeed', type=bounded(int, 0, 2 ** 32 - 1), dest='seed', default=0, metavar='N',
                        help='of all that is drawn here (0)')
@@ -83,11 +87,15 @@ def open_checkpoint(path, args, parser):
     script = importlib.import_module(SCRIPTS[state['script']])
     asked = script.make_parser().parse_args([], defaults=resume.inherited_flags(state))
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
+        if name == 'dataset' and args.dataset == 'imagenet' and state['script'] == 'imagenet.py':
+            continue  # it has no such flag, as it has no other data
+        if name == 'dataset' and args.dataset == 'imagenet':
+            parser.error(f'--dataset imagenet is for checkpoints of imagenet.py, and {path} is of {state["script"]}')
         if getattr(args, name) is not None:
             if not hasattr(asked, name):
                 parser.error(f'{parser.spelling(name)} is not used by {path}, a checkpoint of {state["script"]}')
             setattr(asked, name, getattr(args, name))
-    if args.arch not in (None, state['network']['arch']):
+    if SMOOTHOUT_NAMES.get(args.arch, args.arch) not in (None, state['network']['arch']):
         raise UserError(f'{path} holds the architecture {state["network"]["arch"]}, but --arch {args.arch} was given')
     if 'data' in args.given and getattr(asked, 'dataset', None) == 'digits':
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
