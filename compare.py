@@ -15,10 +15,11 @@ import sys
 from typing import NamedTuple
 
 from utils import datasets, methods
-from utils.errors import UserError
-from utils.files import drawn, open_text, save_figure
-from utils.flags import Parser, file_path, meaning, with_todays_names
+from utils.errors import UserError, shown
+from utils.files import digest, drawn, open_text, save_figure
+from utils.flags import Parser, file_path, with_todays_names
 from utils.lab.checkpoints import SCRIPTS
+from utils.logger import read_lines
 from utils.metrics import plus_minus, spread
 from utils.run import run_script
 
@@ -33,6 +34,10 @@ ENVIRONMENT = ('commit', 'torch', 'device')
 
 class Unfinished(Exception):
     """Which epoch a run has reached."""
+
+
+class Mixed(Exception):
+    """What a run was trained with changed on the way."""
 
 
 class Run(NamedTuple):
@@ -67,13 +72,9 @@ class Flags:
         """The flags that decide what a run computes, from its args.json."""
         known = {name: value for name, value in with_todays_names(args).items() if name in self.defaults}
         values = {**self.defaults, **known, **with_todays_names(args.get('as given', {}))}
-        order = [*self.of_method, *values['method']]  # `--method amp dma` is `--method dma amp`
-        values['method'] = sorted(values['method'], key=order.index)
-        unused = {name for name in values if not meaning(name).result}
         if not datasets.has_images_of_any_size(values.get('dataset', 'folder')):
-            unused.add('data')  # it says where the data set is, not which one
-        unused = unused.union(*(flags for name, flags in self.of_method.items() if name not in values['method']))
-        return {name: hashable(value) for name, value in values.items() if name not in unused}
+            values.pop('data', None)  # it says where the data set is, not which one
+        return {name: hashable(value) for name, value in methods.setting(values).items()}
 
     def names(self, settings):
         """All flags, and behind them those in `settings` that the script does not know any more."""
@@ -115,14 +116,17 @@ def parse_arguments():
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
         parser.error(f'--plot must end in .png or .pdf, was given {args.plot}')
+    if args.plot and not os.path.isdir(os.path.dirname(args.plot) or '.'):
+        parser.error(f'--plot {args.plot} is in a folder that is not there; make it first')
     return args
 
 
 def main():
     args = parse_arguments()
-    folders = find_runs(args.folders)
+    folders, without = find_runs(args.folders)
     flags = Flags(next(filter(None, map(script_of, folders)), 'cifar.py'))
     runs, others = read_runs(folders, flags)
+    others += without
     notes = sys.stderr if args.csv else sys.stdout
     if not runs:
         print(*others, sep='\n', file=notes, flush=True)
@@ -144,10 +148,13 @@ def main():
 
 
 def find_runs(paths):
-    """The folders of the runs at or below `paths`, each once; UserError for a path without any."""
-    found = {}
+    """(the folders of the runs at or below `paths`, each once; a line about each path without any).
+
+    UserError for a path that is not there, or if there is no run at all.
+    """
+    found, without = {}, []
     for path in paths:
-        if not os.path.isdir(path):
+        if not os.path.exists(path):
             raise UserError(f'there is no folder {path}')
         below = []
         for folder, subfolders, files in os.walk(os.path.normpath(path)):
@@ -155,10 +162,12 @@ def find_runs(paths):
             below += [folder] if is_run else []
             subfolders[:] = [] if is_run else sorted(name for name in subfolders if not name.startswith('.'))
         if not below:
-            raise UserError(f'{path} holds no run, which would be a folder with args.json and log.txt')
+            without.append(f'left out: {shown(path)} (holds no run)')
         for folder in below:
             found.setdefault(os.path.realpath(folder), folder)
-    return list(found.values())
+    if not found:
+        raise UserError(f'{" ".join(paths[:5])} holds no run, which would be a folder with args.json and log.txt')
+    return list(found.values()), without
 
 
 def read_runs(folders, flags):
@@ -175,11 +184,13 @@ def read_runs(folders, flags):
                 others.append(f'left out: {folder} (same setting and seed as {first.folder})')
         except Unfinished as error:
             others.append(f'unfinished: {folder} ({error})')
+        except Mixed as error:
+            others.append(f'mixed: {folder} ({error})')
         except (OSError, ValueError) as error:
             others.append(f'broken: {folder} ({error})')
-        except (KeyError, TypeError, AttributeError) as error:  # a list where a number should be, and the like
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:  # a list where a number should be ...
             others.append(f'broken: {folder} (args.json or result.json is not as cifar.py writes it: {error})')
-    return list(runs.values()), others
+    return list(runs.values()), [shown(line) for line in others]
 
 
 def script_of(folder):
@@ -189,49 +200,79 @@ def script_of(folder):
         script = read_json(folder, 'args.json').get('script', 'cifar.py')
     except (OSError, ValueError, AttributeError):
         return None
-    return script if script in SCRIPTS else None
+    return script if isinstance(script, str) and script in SCRIPTS else None
 
 
 def read_run(folder, flags):
-    """Raises Unfinished if the run is, another error if one of its files is not as cifar.py writes it."""
-    args, curve = read_json(folder, 'args.json'), read_curve(folder)
-    setting = flags.setting(args)
-    progress = f'epoch {max(curve, default=0)} of {args["epochs"]}'
-    if max(curve, default=0) < args['epochs']:
+    """Raises Unfinished or Mixed if the run is, another error if one of its files is not as cifar.py writes it."""
+    args = read_json(folder, 'args.json')
+    if 'check sum' in args:
+        check_sum('args.json', {name: value for name, value in args.items() if name != 'check sum'}, args['check sum'])
+    lines = read_lines(os.path.join(folder, 'log.txt'))
+    curve, setting, epochs = curve_of(lines), flags.setting(args), number(args['epochs'], 'epochs in args.json')
+    progress = f'epoch {max(curve, default=0)} of {epochs}'
+    if args.get('changes'):
+        raise Mixed('; '.join(args['changes']))
+    if max(curve, default=0) < epochs:
         raise Unfinished(progress)
     if not os.path.exists(os.path.join(folder, 'result.json')):
         raise Unfinished(f'{progress}, but no result.json')
     result = read_json(folder, 'result.json')
-    top1, best = float(result['test top-1']), float(result['best']['top1'])
-    if not math.isfinite(top1 + best):
-        raise ValueError(f'top-1 in result.json is {top1}, the best {best}')
+    check_result(result, lines)
+    top1 = number(result['test top-1'], 'top-1 in result.json', 100)
     environment = args.get('environment') or {}  # which runs of before it was written do not have
-    return Run(folder, setting, args['seed'], {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT},
-               curve,
-               result['chosen by'] == 'validation', top1, best, int(result['best']['epoch']), int(result['parameters']),
-               float(result['seconds per epoch']))
+    return Run(folder, setting, number(args['seed'], 'seed in args.json'),
+               {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
+               result['chosen by'] == 'validation', top1,
+               number(result['best']['top1'], 'the best top-1 in result.json', 100), int(number(result['best']['epoch'], 'the best epoch in result.json')),
+               int(number(result['parameters'], 'parameters in result.json')), number(result['seconds per epoch'], 'seconds per epoch in result.json'))
+
+
+def number(value, what, most=math.inf):
+    """`value` if it is a number from 0 to `most`; otherwise ValueError."""
+    if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
+        raise ValueError(f'{what} is {value}')
+    return value
+
+
+def check_result(result, lines):
+    """ValueError unless result.json and log.txt are as the run wrote them; earlier versions wrote no check sums."""
+    if 'check sums' not in result:
+        return
+    checked = {name: value for name, value in result.items() if name not in ('check sums', 'seconds per epoch')}
+    check_sum('result.json', checked, result['check sums']['result.json'])
+    check_sum('log.txt', [line[:-1] for line in lines], result['check sums']['log.txt'])
+    seconds = [float(line[-1]) for line in lines[1:] if line[-1] != 'nan']
+    if result['seconds per epoch'] != sum(seconds) / max(len(seconds), 1):
+        raise ValueError('the seconds in log.txt or result.json are not what the run wrote')
+
+
+def check_sum(name, held, written):
+    if digest(held) != written:
+        raise ValueError(f'{name} is not what the run wrote; resume it with no flags to have it written again')
 
 
 def read_json(folder, name):
     try:
         with open_text(os.path.join(folder, name)) as file:
-            return json.load(file)
-    except ValueError as error:
+            held = json.load(file)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{name} is not JSON') from error
+    if not isinstance(held, dict):
+        raise ValueError(f'{name} holds no names with values')
+    return held
 
 
-def read_curve(folder):
-    """Epoch -> top-1 on the test or validation set, from log.txt. A last row that was not written to its end is left
-    out.
-    """
-    with open_text(os.path.join(folder, 'log.txt')) as file:
-        rows = [line.rstrip('\n').split('\t') for line in file if line.endswith('\n')]
-    names = rows.pop(0) if rows else []
+def curve_of(lines):
+    """Epoch -> top-1 on the test or validation set, from the lines of log.txt."""
+    names, *rows = lines or [[]]
     if rows and len(rows[-1]) < len(names):
         rows.pop()
     try:
         epoch, top1 = names.index('Epoch'), names.index('Val Top-1' if 'Val Top-1' in names else 'Test Top-1')
         curve = {int(row[epoch]): float(row[top1]) for row in rows}
+        if any(len(row) != len(names) for row in rows):
+            raise IndexError
     except (ValueError, IndexError) as error:
         raise ValueError('log.txt is not a log of cifar.py') from error
     if len(curve) < len(rows) or list(curve) != sorted(curve):

@@ -334,6 +334,91 @@ def test_runs_are_searched_below_a_folder_but_not_in_hidden_ones_or_below_a_run(
     assert rows['(none)']['n'] == 2
 
 
+# Damage
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of cifar.py of two epochs."""
+    folder = tmp_path_factory.mktemp('runs') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('utils.run.plot_log', lambda *args: None)
+        patch.setattr(sys, 'argv', ['cifar.py', *'-d digits -a lenet --epochs 2 --manualSeed 1 --train-batch 512 '
+                                    f'--train-fraction 0.2 --train-batch 64 -c {folder}'.split()])
+        cifar.main()
+    return folder
+
+
+def copied(finished, folder, **files):
+    folder.mkdir()
+    for name in ('args.json', 'result.json', 'log.txt'):
+        (folder / name).write_bytes(files.get(name.partition('.')[0], (finished / name).read_bytes()))
+
+
+@pytest.mark.parametrize('name', ['args', 'result', 'log'])
+def test_a_damaged_file_is_noticed_or_changes_no_number(name, finished, table, tmp_path):
+    """Every byte in turn, by one of its bits, in steps that reach all kinds of places."""
+    whole = next(finished.glob(f'{name}.*')).read_bytes()
+    expected, _ = table(finished)
+    for index in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[index] ^= 1 << index % 7
+        copied(finished, tmp_path / str(index), **{name: bytes(damaged)})
+    copied(finished, tmp_path / 'cut', **{name: whole[:len(whole) // 2]})
+    rows, notes = table(finished, tmp_path)
+    assert rows == expected and notes.count('\n') == 2 + len(range(0, len(whole), 7))
+
+
+WORDS = [None, True, -1, 1e400, 10 ** 400, float('nan'), 'x', [], [[1]], {}, {'x': []}]
+
+
+def test_odd_json_is_a_line(finished, tmp_path, monkeypatch, capsys):
+    """Each value of args.json and result.json in turn as something else, without the check sums of old runs."""
+    contents = {name: json.loads((finished / f'{name}.json').read_text()) for name in ('args', 'result')}
+    del contents['args']['check sum'], contents['result']['check sums']
+    number = 0
+    for name, content in contents.items():
+        for key in content:
+            for value in (WORDS if key in ('epochs', 'seed', 'as given', 'best', 'test top-1', 'method') else WORDS[-3:]):
+                number += 1
+                copied(finished, tmp_path / str(number), **{name: json.dumps({**content, key: value}).encode()})
+    for word in ('[' * 100000, '', '3', '"x"', '\udcff'):
+        for name in contents:
+            number += 1
+            copied(finished, tmp_path / str(number), **{name: word.encode('utf-8', 'surrogateescape')})
+    call(monkeypatch, finished, tmp_path, '--csv')
+    notes = capsys.readouterr().err
+    kinds = {'broken', 'unfinished', 'left out', 'mixed', 'Commit abc'}
+    assert all(line.partition(':')[0] in kinds for line in notes.splitlines()[1:]) and number > 150
+
+
+def test_comments_and_blank_lines_in_a_log_are_left_out(finished, table, tmp_path):
+    expected, _ = table(finished)
+    log = (finished / 'log.txt').read_text().replace('\n', '\n# a note\n\n')
+    copied(finished, tmp_path / 'noted', log=log.encode())
+    assert table(tmp_path / 'noted')[0] == expected
+
+
+def test_what_holds_no_run_among_the_arguments_is_named(finished, table, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'curves.png').write_bytes(b'x')
+    expected, _ = table(finished)
+    rows, notes = table(tmp_path / 'empty', finished, tmp_path / 'curves.png')
+    assert rows == expected and notes.splitlines()[1:] == [
+        f'left out: {tmp_path}/{name} (holds no run)' for name in ('empty', 'curves.png')]
+
+
+def test_a_mixed_run_is_left_out(finished, table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
+    for flags in ('--method dma', '--method dma --epochs 3'):  # nothing is left to train, then only one epoch is
+        monkeypatch.setattr(sys, 'argv', ['cifar.py', '--resume', f'{finished}/checkpoint.pth.tar', '-c',
+                                          f'{tmp_path}/dma', '--overwrite', *flags.split()])
+        cifar.main()
+        capsys.readouterr()
+        rows, notes = table(finished, tmp_path)
+        assert [row['n'] for row in rows.values()] == [1]
+        assert notes.splitlines()[1:] == [f'mixed: {tmp_path}/dma (after epoch 2: method none -> dma)']
+
+
 # Mistakes
 
 @pytest.mark.parametrize('words, sentence', [
@@ -350,9 +435,11 @@ def test_errors_of_the_command_line_are_one_sentence(words, sentence, monkeypatc
 def test_folders_without_a_run_are_refused(tmp_path, runs, monkeypatch):
     (tmp_path / 'empty' / 'deep').mkdir(parents=True)
     (tmp_path / 'file').write_text('')
-    for name, sentence in (('empty', 'holds no run'), ('none', 'there is no folder'), ('file', 'there is no folder')):
+    for name, sentence in (('empty', 'holds no run'), ('none', 'there is no folder'), ('file', 'holds no run')):
         with pytest.raises(UserError, match=sentence):
-            call(monkeypatch, runs, tmp_path / name)
+            call(monkeypatch, tmp_path / name)
+    with pytest.raises(UserError, match='there is no folder'):  # a word that is mistyped is no run that is left out
+        call(monkeypatch, runs, tmp_path / 'none')
 
 
 def test_without_a_finished_run_the_others_are_listed_and_the_status_is_1(tmp_path):
@@ -386,8 +473,10 @@ def test_curves_are_means_over_the_epochs_that_all_seeds_have(tmp_path, monkeypa
                                             [pytest.approx(m + d) for m, d in zip((12, 23, 30), band)])
     assert capsys.readouterr().out.startswith('all: ')
     assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c', 'curves.PDF', 'curves.png']
-    with pytest.raises(OSError, match='no-such-folder'):
+    with pytest.raises(SystemExit):
         call(monkeypatch, tmp_path, '--plot', tmp_path / 'no-such-folder' / 'x.png')
+    printed = capsys.readouterr()
+    assert printed.out == '' and 'no-such-folder/x.png is in a folder that is not there' in printed.err
 
 
 # With cifar.py

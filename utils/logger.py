@@ -32,6 +32,16 @@ def _text(value):
     return str(value) if isinstance(value, int) else f'{value:.6g}'
 
 
+def read_lines(path):
+    """The header and the rows of the log at `path`, each a list of words, without blank lines and comments (#).
+
+    A last line that was not written to its end is left out.
+    """
+    with open_text(path) as file:
+        return [line.rstrip('\n').split('\t') for line in file
+                if line.endswith('\n') and line.strip() and not line.startswith('#')]
+
+
 def read_rows(path, columns, epochs):
     """The rows, as text, of the first `epochs` epochs in the log at `path`; none if path is None or not there.
 
@@ -41,8 +51,7 @@ def read_rows(path, columns, epochs):
     if path is None or not os.path.exists(path):
         return []
     try:
-        with open_text(path) as file:
-            header, *rows = [line.split('\t') for line in file.read().splitlines()]
+        header, *rows = read_lines(path) or [[]]
         if header != columns:
             raise ValueError(f'its columns are {", ".join(header)}')
         rows = [row for row in rows if len(row) == len(columns) and int(row[0]) <= epochs]
@@ -54,8 +63,7 @@ def read_rows(path, columns, epochs):
 
 def read_log(path):
     """A log as a dict of column name -> list of floats."""
-    with open_text(path) as file:
-        names, *rows = [line.rstrip('\n').split('\t') for line in file]
+    names, *rows = read_lines(path)
     return {name: [float(row[i]) for row in rows] for i, name in enumerate(names)}
 
 

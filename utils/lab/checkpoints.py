@@ -73,8 +73,8 @@ def files_of(args, parser, at_most=None):
     if len({os.path.realpath(path) for path in named}) < len(named):
         parser.error(f'a checkpoint is named twice in {" ".join(named)}')
     if len({stem(args, path) for path in named}) < len(named):
-        parser.error(f'the results of {" and ".join(named)} would have the same names in --out {args.out}; leave '
-                     '--out away')
+        where = f' in --out {args.out}; leave --out away' if args.out else '; rename one of them'
+        parser.error(f'the results of {" and ".join(named)} would have the same names{where}')
     return named
 
 
