@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cifar
+import evaluate
 import imagenet
 from helpers import call
 from utils import checkpoint, datasets, output
@@ -99,7 +100,7 @@ def with_value(state, path, value):
     if not path:
         return value
     state = copy.copy(state)
-    state[path[0]] = with_value(state[path[0]], path[1:], value)
+    state[path[0]] = with_value(state[path[0]] if len(path) > 1 else None, path[1:], value)
     return state
 
 
@@ -331,3 +332,25 @@ def test_a_photograph_that_does_not_fit_into_memory_is_refused(monkeypatch, tmp_
                 Image.new('RGB', (8, 8)).save(tmp_path / part / name / f'{index}.png')
     with pytest.raises(UserError, match='two images of 1000000x1000000 pixels take'):
         call(monkeypatch, imagenet, f'--data {tmp_path} --image-size 1000000 --train-batch 2 -c {tmp_path}/run')
+
+
+@pytest.mark.parametrize('place, value', [
+    (('network', 'depth'), 8), (('network', 'depth'), 'x'), (('network', 'arch'), 'gone'), (('network', 'arch'), 'mlp'),
+    (('network', 'num_classes'), 0), (('network', 'x'), 3), (('args', 'depth'), 8), (('args', 'depth'), [1]),
+    (('args', 'method'), 'dma'), (('args', 'method'), ['gone']), (('args', 'margin'), -5), (('args', 'dataset'), 3),
+    (('args', 'val_split'), 'x'), (('args', 'test_batch'), 0), (('args', 'precision'), 'fp8'), (('classes',), ['a']),
+    (('ema', 'n_averaged'), 'x'), (('ema', 'module.x'), torch.zeros(1)), (('state_dict', 'x'), torch.zeros(1)),
+    (('mean',), [0.0]), (('std',), [0.0] * 3), (('script',), 'gone.py'),
+])
+@pytest.mark.parametrize('script', [evaluate, cifar])
+def test_a_wrong_value_is_a_sentence_where_a_checkpoint_is_tested(script, place, value, interrupted, monkeypatch,
+                                                                  tmp_path, capsys):
+    torch.save(with_value(interrupted[1] | {}, place, value), tmp_path / 'damaged')
+    flags = f'{tmp_path}/damaged' if script is evaluate else f'--evaluate --resume {tmp_path}/damaged'
+    try:
+        call(monkeypatch, script, flags)
+        assert place[0] in ('args', 'network', 'state_dict')  # what is not used by a test need not be right
+    except UserError as error:
+        assert '\n' not in str(error)
+    except SystemExit as stop:
+        assert stop.code == 2 and capsys.readouterr().err.count('\n') == 1

@@ -175,9 +175,11 @@ class Parser(argparse.ArgumentParser):
         """Refuse a value of a checkpoint that the flag could not have on the command line."""
         if value == action.default and type(value) is type(action.default):
             return
-        several = isinstance(value, (list, tuple)) and action.nargs in ('+', '*')
-        for one in value if several else [value]:
+        several, listed = action.nargs in ('+', '*'), isinstance(value, (list, tuple))
+        for one in value if several and listed else [value]:
             try:
+                if several and not listed:
+                    raise ValueError('must be a list')
                 if action.nargs == 0 and type(one) is not bool:
                     raise ValueError('must be True or False')
                 word = one if action.nargs == 0 or action.type is None else action.type(str(one))

@@ -85,7 +85,8 @@ def open_checkpoint(path, args, parser):
     if state['script'] not in SCRIPTS:
         raise UserError(f'{path} is a checkpoint of {state["script"]}, not of {" or ".join(SCRIPTS)}')
     script = importlib.import_module(SCRIPTS[state['script']])
-    asked = script.make_parser().parse_args([], defaults=resume.inherited_flags(state))
+    held = resume.inherited_flags(state) | {name: value for name, value in state['network'].items() if value is not None}
+    asked = script.make_parser().parse_args([], defaults=held)
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
         if name == 'dataset' and args.dataset == 'imagenet' and state['script'] == 'imagenet.py':
             continue  # it has no such flag, as it has no other data
@@ -106,7 +107,10 @@ def open_checkpoint(path, args, parser):
     asked.resume, asked.mixup, asked.cutmix = path, 0, 0  # what is mixed has no class to be right about
     asked.train_batch, asked.batch_multiplier = asked.test_batch, 1
     device = devices.set_up(asked)
-    model = script.build(asked, state['network'])
+    try:
+        model = script.build(asked, state['network'])
+    except ValueError as error:
+        raise UserError(f'{path} holds a network that cannot be built: {error}') from error
     checkpoint.load_model(model, state, state['network'], path, to_test=True)
     methods.detach_loss_terms(model)
     if args.no_augment:
