@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import smoothout
-from utils import metrics
+from utils import memory, metrics
 from utils.batches import seeded_generator
 from utils.device import environment
 from utils.errors import Stopped, UserError
@@ -54,6 +54,8 @@ def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):
     if manifolds > len(landscape.weights):
         raise UserError(f'--manifolds must be at most the number of parameters, {len(landscape.weights)}, was given '
                         f'{manifolds}')
+    memory.check(2 * 4 * manifolds * len(landscape.weights), f'{manifolds} directions of {len(landscape.weights)} '
+                 'weights', '--manifolds')
     each = []
     for index in range(times):
         rows = torch.randn(manifolds, len(landscape.weights), generator=seeded_generator(seed, index))

@@ -107,11 +107,10 @@ def _walk(folder, root, extensions, left_out):
 
     A folder that was visited, or that this one lies in, is not visited again, so links cannot lead in circles.
     """
-    above, found, pending = {root, os.path.dirname(os.path.realpath(folder))}, [], [folder]
+    above, found, pending, visited = {root, os.path.dirname(os.path.realpath(folder))}, {}, [folder], set()
     for path in tuple(above):
         while path != os.path.dirname(path):
             above.add(path := os.path.dirname(path))
-    visited = set()
     while pending:
         folder = pending.pop()
         real = os.path.realpath(folder)
@@ -119,19 +118,22 @@ def _walk(folder, root, extensions, left_out):
             left_out.add('link to a folder that is listed, or lies above', folder)
             continue
         visited.add(real)
+        files = found[folder] = []
         with os.scandir(folder) as entries:
             for entry in entries:
+                linked, extension = entry.is_symlink(), _extension(entry.name)
                 if _is_hidden(entry.name):
                     continue
-                if os.path.isdir(entry.path):
-                    pending.insert(0 if entry.is_symlink() else len(pending), entry.path)  # links last
-                elif _extension(entry.name) not in extensions:
-                    left_out.add(f'{shown(_extension(entry.name)) or "without an ending"}', entry.path)
+                if os.path.isdir(entry.path) if linked else entry.is_dir():
+                    pending.insert(0 if linked else len(pending), entry.path)  # links last
+                elif extension not in extensions:
+                    left_out.add(shown(extension) or 'without an ending', entry.path)
                 elif inode := _inode(entry):
-                    found.append((entry.path, inode))
+                    files.append((entry.path, inode))
                 else:
                     left_out.add('no file', entry.path)
-    return sorted(found, key=lambda file: tuple(map(os.fsencode, os.path.split(file[0]))))
+        files.sort(key=lambda file: os.fsencode(file[0]))
+    return [file for folder in sorted(found, key=os.fsencode) for file in found[folder]]
 
 
 def _inode(entry):
