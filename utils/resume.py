@@ -4,6 +4,7 @@ import random
 
 from utils import checkpoint, distributed, flags, methods, output, schedule
 from utils.errors import UserError
+from utils.logger import read_rows
 
 
 def read_arguments(parser, script, folder_of, evaluated_without_resume=None):
@@ -136,11 +137,31 @@ def setting(args, state):
     return {**filled_in, 'training images': state.get('images', {}).get('train')}
 
 
-def changes(args, state, now, rates):
+def rows_behind(args, state, columns):
+    """The rows of the log, as text, of the epochs that are behind: those of the checkpoint, whatever log.txt holds.
+
+    The checkpoint has all but the seconds, so that runs of the same seed have the same checkpoints. UserError if it has
+    other columns.
+    """
+    old_log = os.path.join(os.path.dirname(args.resume), 'log.txt') if args.resume else None
+    if 'log' not in state:  # checkpoints of earlier versions
+        return read_rows(old_log, columns, state['epoch'])
+    held, *rows = state['log']
+    if held != columns[:-1]:
+        raise UserError(f'{args.resume} has a log with the columns {", ".join(held)}, and this run would write '
+                        f'{", ".join(columns[:-1])}')
+    try:
+        seconds = {tuple(row[:-1]): row[-1] for row in read_rows(old_log, columns, state['epoch'])}
+    except UserError:  # it is damaged, and written again
+        seconds = {}
+    return [[*row, seconds.get(tuple(row), 'nan')] for row in rows]
+
+
+def changes(args, state, now, rows, rates):
     """What a run that is resumed will be trained with and was not until now: a list of at most one sentence.
 
-    now: its `setting`. rates: the learning rate at which it would have begun each epoch that is behind; flags about
-    the rate count as changed where that is not what the log says.
+    now: its `setting`. rows: of the log. rates: the learning rate at which it would have begun the epoch of each row;
+    flags about the rate count as changed where that is not the rate in the log.
     """
     then = state.get('trained_with')
     if then is None and args.resume and (state['epoch'] > args.start_epoch or state.get('step')):
@@ -151,7 +172,7 @@ def changes(args, state, now, rates):
     other_rate = False
     if not state.get('changes'):
         names -= set(schedule.RATE_FLAGS)
-        other_rate = any(float(row[1]) != float(f'{rates[int(row[0]) - 1]:.6g}') for row in state.get('log', [])[1:])
+        other_rate = any(float(row[1]) != float(f'{rate:.6g}') for row, rate in zip(rows, rates))
     words = [f'{name.replace("_", "-")} {_word(then[name])} -> {_word(now[name])}' for name in sorted(names)]
     words += ['another learning rate'] * other_rate
     batches = f' and {state["step"]} batches' if state.get('step') else ''

@@ -18,7 +18,7 @@ from utils.batches import reader_lost
 from utils.errors import Stopped, UserError, one_line
 from utils.eval import Meter, metrics_line, quantities
 from utils.files import NotWritten, digest, write_json
-from utils.logger import Logger, plot_log, read_rows
+from utils.logger import Logger, plot_log
 from utils.parts import Batch, check_parts, single_image_explained
 
 
@@ -63,14 +63,14 @@ class Run:
     def __enter__(self):
         args, state = self.args, self.state
         checkpoint.begin_random_state(state, args.seed)
-        self.setting = resume.setting(args, state)
-        rates = [self.learning_rate(epoch * self.steps_per_epoch) for epoch in range(state['epoch'])]
-        self.changes = [*state.get('changes', []), *resume.changes(args, state, self.setting, rates)]
-        state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
         names = quantities(state['network']['num_classes'])
         columns = ['Epoch', 'Learning Rate', *(f'{part} {name}' for part in ('Train', self.selection.title())
                                                for name in names), 'Seconds']
-        old_rows = self._rows_behind(columns)
+        old_rows = resume.rows_behind(args, state, columns)
+        self.setting = resume.setting(args, state)
+        self.changes = [*state.get('changes', []), *resume.changes(args, state, self.setting, old_rows, [
+            self.learning_rate((int(row[0]) - 1) * self.steps_per_epoch) for row in old_rows])]
+        state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
         distributed.barrier()
         state.setdefault('best', {'top1': -1.0, 'epoch': 0})
         if distributed.is_first():
@@ -229,24 +229,6 @@ class Run:
                 'network': self.state['network'], 'optimizer class': self.state['optimizer_class'],
                 'parameters': count_parameters(self.model), 'training images by class': train.class_counts,
                 'processes': distributed.world_size(), 'environment': devices.environment(train.device)}
-
-    def _rows_behind(self, columns):
-        """The rows of the log, as text, of the epochs that are behind: those of the checkpoint, whatever log.txt holds.
-
-        The checkpoint has all but the seconds, so that runs of the same seed have the same checkpoints.
-        """
-        old_log = os.path.join(os.path.dirname(self.args.resume), 'log.txt') if self.args.resume else None
-        if 'log' not in self.state:  # checkpoints of earlier versions
-            return read_rows(old_log, columns, self.state['epoch'])
-        held, *rows = self.state['log']
-        if held != columns[:-1]:
-            raise UserError(f'{self.args.resume} has a log with the columns {", ".join(held)}, and this run would write '
-                            f'{", ".join(columns[:-1])}')
-        try:
-            seconds = {tuple(row[:-1]): row[-1] for row in read_rows(old_log, columns, self.state['epoch'])}
-        except UserError:  # it is damaged, and written again
-            seconds = {}
-        return [[*row, seconds.get(tuple(row), 'nan')] for row in rows]
 
     def _check_losses(self, meter, epoch):
         """UserError if a batch of this epoch had a loss that is not a number or infinite."""
