@@ -1,7 +1,6 @@
 """Checkpoints: plain tensors, numbers, strings, lists and dicts, written whole or not at all, read without running
 code.
 """
-import inspect
 import os
 import warnings
 import zipfile
@@ -173,6 +172,11 @@ def load_optimizer(optimizer, state, path):
                         f'({one_line(error)[:200]})') from error
 
 
+# What these optimizers always keep for a parameter; SGD makes its momentum where there is none, RMSprop does not.
+KEPT = {torch.optim.SGD: (), torch.optim.RMSprop: ('step', 'square_avg'),
+        torch.optim.Adam: ('step', 'exp_avg', 'exp_avg_sq'), torch.optim.AdamW: ('step', 'exp_avg', 'exp_avg_sq')}
+
+
 def _check_group(group, optimizer):
     """ValueError unless the loaded options, and what the optimizer keeps for each parameter, are what it makes itself.
     """
@@ -180,30 +184,19 @@ def _check_group(group, optimizer):
         numbers = all(isinstance(value, (int, float)) for value in (made, group[name]))
         if type(group[name]) is not type(made) and not numbers:
             raise ValueError(f'{name} is {group[name]}')
-    expected = _state_after_a_step(optimizer, group)
+    base = getattr(optimizer, 'base_optimizer', optimizer)
+    if type(base) not in KEPT:
+        return
+    needed = {*KEPT[type(base)], *(('momentum_buffer',) if 'step' in KEPT[type(base)] and group.get('momentum') else ())}
     for parameter in group['params']:
         held = optimizer.state.get(parameter, {})
-        for name, value in expected.items() if held else ():
-            shape = parameter.shape if value.shape == (2, 3) else value.shape
-            if name not in held or not torch.is_tensor(held[name]) or held[name].shape != shape:
-                raise ValueError(f'{name} of a parameter of shape {tuple(parameter.shape)} does not fit')
-
-
-def _state_after_a_step(optimizer, group):
-    """Name -> tensor that an optimizer with the options of `group` keeps for a parameter of shape (2, 3).
-
-    Empty for an optimizer of one's own that cannot be made from its options alone.
-    """
-    kind = type(getattr(optimizer, 'base_optimizer', optimizer))
-    blank = torch.nn.Parameter(torch.zeros(2, 3))
-    blank.grad = torch.zeros(2, 3)
-    try:
-        options = {name: group[name] for name in inspect.signature(kind).parameters.keys() & group.keys() - {'params'}}
-        trial = kind([blank], **options)
-        trial.step()
-    except Exception:
-        return {}
-    return {name: value for name, value in trial.state[blank].items() if torch.is_tensor(value)}
+        shapes = {(), tuple(parameter.shape)}  # a count of steps, or a number for each weight
+        wrong = [name for name, value in held.items()
+                 if value is not None and not (torch.is_tensor(value) and tuple(value.shape) in shapes)]
+        wrong += [name for name in needed if held and tuple(getattr(held.get(name), 'shape', (0,))) !=
+                  (() if name == 'step' else tuple(parameter.shape))]
+        if wrong:
+            raise ValueError(f'{wrong[0]} of a parameter of shape {tuple(parameter.shape)} does not fit')
 
 
 def random_state():
