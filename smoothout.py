@@ -148,8 +148,8 @@ def check_base_optimizer(wrapper, base_optimizer):
     kind = getattr(base_optimizer, 'func', base_optimizer)
     parameters = list(inspect.signature(getattr(kind, 'step', lambda self: None)).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step calls a closure itself; base_optimizer must '
-                         f'step with the gradients that are there, as SGD, Adam, AdamW and RMSprop do')
+        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step needs a closure; base_optimizer must be a '
+                         'class whose step uses the gradients that are there, such as SGD, Adam, AdamW or RMSprop')
 
 
 def draw(weights, noise='uniform', generator=None):
