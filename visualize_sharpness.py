@@ -55,7 +55,8 @@ def alphas(text):
 def parse_arguments():
     """(flags, with `kind` of scan; the checkpoints)."""
     parser = Parser(prog='visualize_sharpness.py', usage='python visualize_sharpness.py FILE [FILE ...] [flags]',
-                    description=__doc__.split('\n')[0])
+                    description='Draw how loss and accuracy change around checkpoints, on the training and the test '
+                    'images.')
     checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
     parser.add_argument('--slave-evaluate', metavar='FILE', help='the same as a second FILE')
     group = parser.add_argument_group('what is drawn')
