@@ -39,7 +39,8 @@ class AMP(torch.optim.Optimizer):
     local: each process of torch.distributed climbs along the gradient of its local batch, which saves averaging it;
     only the last gradient is averaged. `local_pass` tells the closure when it need not average.
 
-    Raises ValueError for an option out of range. Every option except `perturbation`, `buffers` and `local` can be set
+    Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
+    Every option except `perturbation`, `buffers` and `local` can be set
     per parameter group. Parameter groups and state are the base optimizer's, so schedulers and state_dict work as
     usual. All parameters are on one device, and their gradients are dense.
     """

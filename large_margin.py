@@ -52,6 +52,8 @@ class LargeMarginLoss(nn.Module):
     at a sample includes its effect on the other samples' statistics, as in the original code. If an activation was
     overwritten in place, for example by ReLU(inplace=True), its gradient is the one after that operation.
 
+    torch.func can differentiate the loss in reverse mode alone (grad, jacrev), as the loss takes gradients itself.
+
     Raises ValueError for an option out of range, too few classes for top_k, a wrong number of layers, or activations
     that the logits do not depend on.
     """

@@ -37,8 +37,9 @@ class SmoothOut(torch.optim.Optimizer):
     exclude: parameters that get no noise, usually batch_norm_parameters(model).
     generator: a torch.Generator on the parameters' device; by default its seed comes from torch.manual_seed.
 
-    Raises ValueError for an option out of range. ss can be set per parameter group. Parameter groups are the base
-    optimizer's, so schedulers work as usual; state_dict also has the step and the state of the generator.
+    Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
+    ss can be set per parameter group. Parameter groups are the base optimizer's, so schedulers work as usual;
+    state_dict also has the step and the state of the generator.
     """
 
     def __init__(self, params, lr, ss, noise='uniform', adapt='none', schedule='constant', anneal_index=0.55,
