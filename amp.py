@@ -39,7 +39,8 @@ class AMP(torch.optim.Optimizer):
     local: each process of torch.distributed climbs along the gradient of its local batch, which saves averaging it;
     only the last gradient is averaged. `local_pass` tells the closure when it need not average.
 
-    Raises ValueError for an option out of range. Every option except `perturbation`, `buffers` and `local` can be set
+    Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
+    Every option except `perturbation`, `buffers` and `local` can be set
     per parameter group. Parameter groups and state are the base optimizer's, so schedulers and state_dict work as
     usual. All parameters are on one device, and their gradients are dense.
     """
@@ -183,8 +184,8 @@ def check_base_optimizer(wrapper, base_optimizer):
     kind = getattr(base_optimizer, 'func', base_optimizer)
     parameters = list(inspect.signature(getattr(kind, 'step', lambda self: None)).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step calls a closure itself; base_optimizer must '
-                         f'step with the gradients that are there, as SGD, Adam, AdamW and RMSprop do')
+        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step needs a closure; base_optimizer must be a '
+                         'class whose step uses the gradients that are there, such as SGD, Adam, AdamW or RMSprop')
 
 
 def copies(tensors):

@@ -43,6 +43,7 @@ def dma_loss(cosine):
     """mean over the batch of 1/2 theta^2, in squared radians, where theta = arccos(max over classes of cosine).
 
     cosine: (batch, classes), of any floating dtype. Returns a scalar in [0, pi^2 / 2]; 0 for an empty batch.
+    It has derivatives of every order, by torch.autograd and by torch.func.
     Raises ValueError if cosine has another shape.
     """
     if cosine.dim() != 2 or cosine.shape[1] == 0:

@@ -38,7 +38,9 @@ def pixels(text):
 
 
 def parse_arguments():
-    parser = Parser(prog='evaluate.py', usage='python evaluate.py FILE [flags]', description=__doc__.split('\n')[0])
+    parser = Parser(prog='evaluate.py', usage='python evaluate.py FILE [flags]',
+                    description='What a checkpoint can do: loss and accuracy, by class too, calibration; under noise '
+                    'on its weights; under attack.')
     checkpoints.add_arguments(parser, modes=None, default_modes='test')
     group = parser.add_argument_group('under noise on the weights, when --ss is given')
     smoothout.add_noise_arguments(group, ss=None, kind=bounded(float, 0))

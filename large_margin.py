@@ -43,14 +43,16 @@ class LargeMarginLoss(nn.Module):
     gamma: the distance that is enough, above 0, in the units of the norm. alpha: above 0; distances count from
     gamma (1 - alpha) up, so alpha above 1 includes wrong samples. top_k: number of other classes, the most probable; at
     most classes - 1. norm: 1, 2 or inf (math.inf or 'inf'), which measures distances. aggregate: 'worst', the nearest
-    of the top_k, or their 'sum' or 'mean'. approximate: the gradient's norm is a constant in every derivative, which saves
-    differentiating twice. layer_weights: for each layer a factor above 0 on its distances. epsilon: added to the
-    norm.
+    of the top_k, or their 'sum' or 'mean'. approximate: the gradient's norm is a constant in every derivative, which
+    saves differentiating twice; second derivatives of the loss itself need False. layer_weights: for each layer a
+    factor above 0 on its distances. epsilon: added to the norm.
 
     logits (batch, classes), targets (batch,), and activations, a list of tensors (batch, ...) that the logits were
     computed from: the input, which must require grad, hidden layers, or both. Under BatchNorm in training the gradient
     at a sample includes its effect on the other samples' statistics, as in the original code. If an activation was
     overwritten in place, for example by ReLU(inplace=True), its gradient is the one after that operation.
+
+    torch.func can differentiate the loss in reverse mode alone (grad, jacrev), as the loss takes gradients itself.
 
     Raises ValueError for an option out of range, too few classes for top_k, a wrong number of layers, or activations
     that the logits do not depend on.

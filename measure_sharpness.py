@@ -195,7 +195,7 @@ MEASURES = {
 def parse_arguments():
     """(flags, with the chosen `measures`; the checkpoints)."""
     parser = Parser(prog='measure_sharpness.py', usage='python measure_sharpness.py FILE [FILE ...] [flags]',
-                    description=__doc__.split('\n')[0])
+                    description='Numbers for how sharp the minimum is that a checkpoint lies in.')
     checkpoints.add_arguments(parser, modes=None, default_modes='train', precision='fp32')
     group = parser.add_argument_group('what is measured')
     group.add_argument('--all', action='store_true', help='all of these')

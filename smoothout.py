@@ -37,8 +37,9 @@ class SmoothOut(torch.optim.Optimizer):
     exclude: parameters that get no noise, usually batch_norm_parameters(model).
     generator: a torch.Generator on the parameters' device; by default its seed comes from torch.manual_seed.
 
-    Raises ValueError for an option out of range. ss can be set per parameter group. Parameter groups are the base
-    optimizer's, so schedulers work as usual; state_dict also has the step and the state of the generator.
+    Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
+    ss can be set per parameter group. Parameter groups are the base optimizer's, so schedulers work as usual;
+    state_dict also has the step and the state of the generator.
     """
 
     def __init__(self, params, lr, ss, noise='uniform', adapt='none', schedule='constant', anneal_index=0.55,
@@ -148,8 +149,8 @@ def check_base_optimizer(wrapper, base_optimizer):
     kind = getattr(base_optimizer, 'func', base_optimizer)
     parameters = list(inspect.signature(getattr(kind, 'step', lambda self: None)).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step calls a closure itself; base_optimizer must '
-                         f'step with the gradients that are there, as SGD, Adam, AdamW and RMSprop do')
+        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step needs a closure; base_optimizer must be a '
+                         'class whose step uses the gradients that are there, such as SGD, Adam, AdamW or RMSprop')
 
 
 def draw(weights, noise='uniform', generator=None):

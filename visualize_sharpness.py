@@ -56,7 +56,8 @@ def alphas(text):
 def parse_arguments(prog='visualize_sharpness.py', at_most=None):
     """(flags, with `kind` of scan; the checkpoints, `at_most` so many)."""
     parser = Parser(prog=prog, usage=f'python {prog} FILE {"" if at_most == 1 else "[FILE ...] "}[flags]',
-                    description=__doc__.split('\n')[0])
+                    description='Draw how loss and accuracy change around checkpoints, on the training and the test '
+                                'images.')
     checkpoints.add_arguments(parser, modes='+', default_modes=['train', 'test'])
     parser.add_argument('--slave-evaluate', type=file_path, metavar='FILE', help='the same as a second FILE')
     parser.add_argument('--no-visualize-train', action='store_true', help='the same as --mode test')

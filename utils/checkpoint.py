@@ -187,16 +187,13 @@ def _check_group(group, optimizer):
     base = getattr(optimizer, 'base_optimizer', optimizer)
     if type(base) not in KEPT:
         return
-    needed = {*KEPT[type(base)], *(('momentum_buffer',) if 'step' in KEPT[type(base)] and group.get('momentum') else ())}
+    needed = {*KEPT[type(base)]} | ({'momentum_buffer'} if 'step' in KEPT[type(base)] and group.get('momentum') else set())
     for parameter in group['params']:
-        held = optimizer.state.get(parameter, {})
-        shapes = {(), tuple(parameter.shape)}  # a count of steps, or a number for each weight
-        wrong = [name for name, value in held.items()
-                 if value is not None and not (torch.is_tensor(value) and tuple(value.shape) in shapes)]
-        wrong += [name for name in needed if held and tuple(getattr(held.get(name), 'shape', (0,))) !=
-                  (() if name == 'step' else tuple(parameter.shape))]
-        if wrong:
-            raise ValueError(f'{wrong[0]} of a parameter of shape {tuple(parameter.shape)} does not fit')
+        held = optimizer.state.get(parameter)
+        for name in held.keys() | needed if held else ():
+            value, shape = held.get(name), () if name == 'step' else parameter.shape
+            if (value is not None or name in needed) and not (torch.is_tensor(value) and value.shape == shape):
+                raise ValueError(f'{name} of a parameter of shape {tuple(parameter.shape)} does not fit')
 
 
 def random_state():
