@@ -209,7 +209,7 @@ def read_run(folder, flags):
     if 'check sum' in args:
         check_sum('args.json', {name: value for name, value in args.items() if name != 'check sum'}, args['check sum'])
     lines = read_lines(os.path.join(folder, 'log.txt'))
-    curve, setting, epochs = curve_of(lines), flags.setting(args), number(args['epochs'], 'epochs in args.json')
+    curve, setting, epochs = curve_of(lines), flags.setting(args), number(args, 'epochs')
     progress = f'epoch {max(curve, default=0)} of {epochs}'
     if args.get('changes'):
         raise Mixed('; '.join(args['changes']))
@@ -219,19 +219,20 @@ def read_run(folder, flags):
         raise Unfinished(f'{progress}, but no result.json')
     result = read_json(folder, 'result.json')
     check_result(result, lines)
-    top1 = number(result['test top-1'], 'top-1 in result.json', 100)
+    top1 = number(result, 'test top-1', 100)
     environment = args.get('environment') or {}  # which runs of before it was written do not have
-    return Run(folder, setting, number(args['seed'], 'seed in args.json'),
+    return Run(folder, setting, number(args, 'seed'),
                {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
-               result['chosen by'] == 'validation', top1,
-               number(result['best']['top1'], 'the best top-1 in result.json', 100), int(number(result['best']['epoch'], 'the best epoch in result.json')),
-               int(number(result['parameters'], 'parameters in result.json')), number(result['seconds per epoch'], 'seconds per epoch in result.json'))
+               result['chosen by'] == 'validation', top1, number(result['best'], 'top1', 100),
+               int(number(result['best'], 'epoch')), int(number(result, 'parameters')),
+               number(result, 'seconds per epoch'))
 
 
-def number(value, what, most=math.inf):
-    """`value` if it is a number from 0 to `most`; otherwise ValueError."""
+def number(held, name, most=math.inf):
+    """What result.json or args.json holds under a name, if it is a number from 0 to `most`; otherwise ValueError."""
+    value = held[name]
     if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
-        raise ValueError(f'{what} is {value}')
+        raise ValueError(f'{name} in {"args.json" if name in ("seed", "epochs") else "result.json"} is {value}')
     return value
 
 

@@ -378,7 +378,8 @@ def test_odd_json_is_a_line(finished, tmp_path, monkeypatch, capsys):
     number = 0
     for name, content in contents.items():
         for key in content:
-            for value in (WORDS if key in ('epochs', 'seed', 'as given', 'best', 'test top-1', 'method') else WORDS[-3:]):
+            read = key in ('epochs', 'seed', 'as given', 'best', 'test top-1', 'method')
+            for value in WORDS if read else WORDS[-3:]:
                 number += 1
                 copied(finished, tmp_path / str(number), **{name: json.dumps({**content, key: value}).encode()})
     for word in ('[' * 100000, '', '3', '"x"', '\udcff'):

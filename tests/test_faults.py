@@ -1,4 +1,4 @@
-"""Bad luck and bad files: damage is noticed, wrong values get a sentence, a full disk loses nothing, runs do not mix."""
+"""Bad luck, bad files: damage is noticed, wrong values are a sentence, a full disk loses nothing, runs do not mix."""
 import copy
 import json
 import os
@@ -242,7 +242,8 @@ def test_what_changes_in_the_middle_of_training_is_kept(flags, expected, monkeyp
 
 # The images of a run
 
-@pytest.mark.parametrize('drawn', ['--val-split 0.2', '--train-fraction 0.5', '--label-noise 0.2', '--imbalance exp --imbalance-factor 0.5'])
+@pytest.mark.parametrize('drawn', ['--val-split 0.2', '--train-fraction 0.5', '--label-noise 0.2',
+                                   '--imbalance exp --imbalance-factor 0.5'])
 def test_other_training_images_are_refused_where_images_are_drawn_from_them(drawn, monkeypatch, tmp_path, capsys):
     call(monkeypatch, cifar, f'{SHORT} --epochs 1 {drawn} -c {tmp_path}')
     load = datasets.load
@@ -284,7 +285,7 @@ def test_a_script_ends_with_one_sentence(program, status, sentence, tmp_path):
     assert found == status and error.count('\n') == 1 and error.startswith(sentence), error
 
 
-@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate\n2 GiB')])
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory.\n2 GiB')])
 def test_every_word_for_memory_that_is_not_there_is_known(error, monkeypatch):
     monkeypatch.setattr(signal, 'signal', lambda *args: None)
 

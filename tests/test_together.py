@@ -346,7 +346,8 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method amp --inner-iter 0 --epsilon 1', '--epsilon does nothing with --inner-iter 0'),
     ('--method lsoftmax --beta 3 --beta-min 5', '--beta 3 does nothing below --beta-min 5'),
     ('--method lsoftmax --margin 1 --beta 5', '--beta does nothing with --margin 1'),
-    ('--method smoothout --smoothing-type anneal --anneal-index nan', '--anneal-index: must be a number, was given nan'),
+    ('--method smoothout --smoothing-type anneal --anneal-index nan', '--anneal-index: must be a number, was given nan'
+     ),
     ('--method large_margin --cross-entropy-weight -1', '--cross-entropy-weight must be'),
     ('--method large_margin --layer-weights 1 2', 'a layer weight for each, was given 1 and 2'),
 ])

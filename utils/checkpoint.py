@@ -187,7 +187,9 @@ def _check_group(group, optimizer):
     base = getattr(optimizer, 'base_optimizer', optimizer)
     if type(base) not in KEPT:
         return
-    needed = {*KEPT[type(base)]} | ({'momentum_buffer'} if 'step' in KEPT[type(base)] and group.get('momentum') else set())
+    needed = {*KEPT[type(base)]}
+    if type(base) is torch.optim.RMSprop and group['momentum']:
+        needed.add('momentum_buffer')
     for parameter in group['params']:
         held = optimizer.state.get(parameter)
         for name in held.keys() | needed if held else ():

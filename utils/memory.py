@@ -42,8 +42,8 @@ def check_network(args, build, architecture, size, device):
     with torch.device('meta'):
         parameters = sum(p.nbytes for p in build(args, architecture).parameters())
     copies = 1 if args.evaluate else 2 + (args.optimizer != 'SGD' or bool(args.momentum))
-    check(copies * parameters, f'the weights of --arch {args.arch}' + ' with gradients and optimizer state' * (copies > 1),
-          'network', device)
+    beside = '' if args.evaluate else ' with gradients and optimizer state'
+    check(copies * parameters, f'the weights of --arch {args.arch}{beside}', 'network', device)
     check(2 * 3 * size ** 2 * 4, f'two images of {size}x{size} pixels', '--image-size', device)
 
 

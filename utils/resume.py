@@ -43,8 +43,8 @@ def read_arguments(parser, script, folder_of, evaluated_without_resume=None):
     args.checkpoint, args.found = folder, found
     seen = distributed.all_gather((args.seed, state and (state['epoch'], state.get('step', 0))))
     if len(set(seen)) > 1:
-        raise UserError(f'not all processes see the same {args.resume or output.LAST}; --checkpoint must be a folder that all '
-                        'machines share')
+        raise UserError(f'not all processes see the same {args.resume or output.LAST}; --checkpoint must be a folder '
+                        'that all machines share')
     if args.seed is None:
         args.seed = distributed.broadcast(random.SystemRandom().randrange(2 ** 32))
     return args, state

@@ -85,7 +85,8 @@ def open_checkpoint(path, args, parser):
     if state['script'] not in SCRIPTS:
         raise UserError(f'{path} is a checkpoint of {state["script"]}, not of {" or ".join(SCRIPTS)}')
     script = importlib.import_module(SCRIPTS[state['script']])
-    held = resume.inherited_flags(state) | {name: value for name, value in state['network'].items() if value is not None}
+    options = {name: value for name, value in state['network'].items() if value is not None}
+    held = resume.inherited_flags(state) | options
     asked = script.make_parser().parse_args([], defaults=held)
     for name in ('dataset', 'data', 'workers', 'test_batch', 'precision', 'gpu_id'):
         if name == 'dataset' and args.dataset == 'imagenet' and state['script'] == 'imagenet.py':
