@@ -298,9 +298,13 @@ def headline(args, architecture, model, device):
 
 
 def _stop(signum, frame):
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # a second one does not disturb what the first one ends
+    _ignore_signals()  # a second one does not disturb what the first one ends
     raise Stopped(signum)
+
+
+def _ignore_signals():
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _out_of_memory(error):
@@ -318,6 +322,8 @@ def run_script(main):
     try:
         try:
             main()
+            distributed.stop()
+            _ignore_signals()  # nothing is left to stop but the end of Python
         except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')
@@ -334,4 +340,3 @@ def run_script(main):
         if distributed.is_first():
             print(stop.sentence, file=sys.stderr)
         sys.exit(128 + stop.signum)
-    distributed.stop()
