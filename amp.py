@@ -40,9 +40,9 @@ class AMP(torch.optim.Optimizer):
     only the last gradient is averaged. `local_pass` tells the closure when it need not average.
 
     Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
-    Every option except `perturbation`, `buffers` and `local` can be set
-    per parameter group. Parameter groups and state are the base optimizer's, so schedulers and state_dict work as
-    usual. All parameters are on one device, and their gradients are dense.
+    Every option except `perturbation`, `buffers` and `local` can be set per parameter group. Parameter groups and
+    state are the base optimizer's, so schedulers and state_dict work as usual. All parameters are on one device, and
+    their gradients are dense.
     """
 
     def __init__(self, params, lr, epsilon, inner_lr=1.0, inner_iter=1, perturbation='tensor', buffers=(), local=False,
