@@ -3,8 +3,8 @@
 Each process takes the same part of every batch; DistributedDataParallel averages the gradients over all images of the
 batch. Only the first process prints and writes files.
 """
+import atexit
 import contextlib
-import gc
 import inspect
 import os
 import sys
@@ -167,13 +167,15 @@ def connection_lost(error):
 
 
 def stop():
-    """Leave the process group, at the end: all processes together, with nothing left for a thread of the group to free.
+    """End this process, at the end of a script, if it is one of several: all leave the group together.
 
-    Otherwise a thread that frees the last collective while Python ends aborts its process, and torchrun then kills the
-    first one, which may still write its report.
+    Python's own end is skipped, as threads of gloo outlive the group (a network in DistributedDataParallel keeps it,
+    PyTorch 2.14): one that frees a collective while Python ends aborts its process, and torchrun then kills the others.
     """
     if active():
-        gc.collect()  # networks in DistributedDataParallel hold the group in reference cycles
-        dist.barrier()
+        dist.barrier()  # the first process has written its report
         dist.destroy_process_group()
-        gc.collect()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

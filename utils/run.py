@@ -322,8 +322,9 @@ def run_script(main):
     try:
         try:
             main()
-            distributed.stop()
+            distributed.barrier()
             _ignore_signals()  # nothing is left to stop but the end of Python
+            distributed.stop()
         except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')
