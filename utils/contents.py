@@ -75,7 +75,8 @@ OPTIMIZER = record(
         type(index) is int and isinstance(held, dict) for index, held in value.items())),
     param_groups=list_of(Kind('a parameter group', lambda group: isinstance(group, dict)
                               and list_of(COUNT).fits(group.get('params')))))
-METER = record(losses=VECTOR, correct=VECTOR, sizes=list_of(COUNT))
+SIZE = Kind('a number of images', lambda value: NUMBER.fits(value) and value >= 0)
+METER = record(losses=VECTOR, correct=VECTOR, sizes=list_of(SIZE))
 
 REQUIRED = {
     'epoch': COUNT, 'network': Kind('a dict of arch, num_classes and options', lambda value: dict_of(PLAIN).fits(value)

@@ -248,10 +248,9 @@ def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
     inputs, targets = torch.zeros(images, 3, size, size), torch.zeros(images, dtype=torch.long)
     try:
         with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
-            kept = memory.Kept(model)
+            criterion, kept = build_criterion(args, model), memory.Kept(model)
             with kept.hooks:
-                outputs = model(inputs, targets)
-            build_criterion(args, model)(outputs, targets)
+                criterion(model(inputs, targets), targets)
     except ValueError as error:
         raise UserError(str(error)) from error
     except (RuntimeError, AssertionError) as error:
