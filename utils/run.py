@@ -75,9 +75,9 @@ class Run:
         state.setdefault('best', {'top1': -1.0, 'epoch': 0})
         if distributed.is_first():
             output.enter(args, finished=state['epoch'] >= args.epochs)
-            self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
             described = self._described()
             write_json(self.in_folder('args.json'), {**described, 'check sum': digest(described)})
+            self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
             if not os.path.exists(self.in_folder(output.BEST)):
                 state['best'] = {'top1': -1.0, 'epoch': 0}
         state['best'] = distributed.broadcast(state['best'])
