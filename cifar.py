@@ -112,8 +112,8 @@ def main():
     elif args.init:
         checkpoint.initialise(model, args.init)
     if known:
-        methods.rehearse(args, model, args.image_size, device=device)
         check_batch(args, known.train_size)
+        methods.rehearse(args, model, args.image_size, device=device)
         output.claim(args)
     model.to(device, memory_format=torch.channels_last)
     print(headline(args, architecture, model, device))

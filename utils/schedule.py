@@ -163,7 +163,8 @@ def _fill_in_rate(args, stretch, parser):
     elif args.schedule is None:
         args.schedule = sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})
     elif max(args.schedule) >= args.epochs:
-        parser.error(f'--schedule {max(args.schedule)} goes past the last epoch; --epochs is {args.epochs}')
+        given = args.schedule if len(args.schedule) <= 20 else [max(args.schedule)]
+        parser.error(f'--schedule {" ".join(map(str, given))} goes past the last epoch; --epochs is {args.epochs}')
     if args.warmup is None:
         args.warmup = 0.3 * args.epochs if args.lr_schedule == 'onecycle' else 0
     if args.warmup > args.epochs:
