@@ -314,13 +314,13 @@ def test_pictures_never_end_a_run(tmp_path):
 @pytest.mark.parametrize('flags, sentence', [
     ('-a wrn --widen-factor 3000', 'the weights of --arch wrn with gradients and optimizer state take'),
     ('-a densenet --depth 10 --growthRate 100000', 'the weights of --arch densenet'),
-    ('-a lenet --train-batch 100000000', 'the activations of 100000000 images in --arch lenet take'),
-    ('-a lenet --mini-batch 50000000 --train-batch 100000000', 'the activations of 50000000 images'),
+    ('-a wrn --train-batch 50000', 'the activations of 50000 images in --arch wrn take'),
+    ('-a wrn --mini-batch 25000 --train-batch 50000', 'the activations of 25000 images'),
 ])
 def test_what_does_not_fit_into_memory_is_refused_before_any_work(flags, sentence, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     with pytest.raises(UserError, match=f'{sentence}.* GB are free'):
-        call(monkeypatch, cifar, f'-d digits {flags} -c {tmp_path}/run')
+        call(monkeypatch, cifar, f'-d cifar10 {flags} -c {tmp_path}/run')
     assert not (tmp_path / 'run').exists()
 
 
