@@ -49,7 +49,8 @@ def test_an_odd_value_is_read_or_refused_in_one_line(script, runs, monkeypatch, 
             script.parse_arguments()
         except SystemExit as error:
             printed, refused = capsys.readouterr().err, refused + 1
-            assert error.code == 2 and printed.count('\n') == 1 and printed.strip().isprintable(), (flag, value, printed)
+            assert error.code == 2 and printed.count('\n') == 1, (flag, value, printed)
+            assert printed.strip().isprintable(), (flag, value, printed)
         except (UserError, OSError) as error:
             assert str(error).isprintable(), (flag, value)
             refused += 1
