@@ -128,7 +128,7 @@ def main():
     batches = load_batches(args, state, device, image_batches.input_transform(args, model))
     images = len(batches['train'].labels)
     if smallest_part(args, images) == 1:
-        methods.rehearse(args, model, args.image_size, images=1, training_images=images)
+        methods.rehearse(args, model, args.image_size, images=1, training_images=images, device=device)
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
         resume.check_position(state, len(batches['train']), args)

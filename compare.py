@@ -6,7 +6,6 @@
 import collections
 import csv
 import importlib
-import json
 import math
 import os
 import shlex
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from utils import datasets, methods
 from utils.errors import UserError, shown
-from utils.files import digest, drawn, open_text, save_figure
+from utils.files import digest, drawn, read_json, save_figure
 from utils.flags import Parser, file_path, with_todays_names
 from utils.lab.checkpoints import SCRIPTS
 from utils.logger import read_lines
@@ -197,7 +196,7 @@ def script_of(folder):
     """The script that a run is of, or None if its args.json cannot tell."""
     try:
         # the only one when it was not yet written down
-        script = read_json(folder, 'args.json').get('script', 'cifar.py')
+        script = read_dict(folder, 'args.json').get('script', 'cifar.py')
     except (OSError, ValueError, AttributeError):
         return None
     return script if isinstance(script, str) and script in SCRIPTS else None
@@ -205,11 +204,11 @@ def script_of(folder):
 
 def read_run(folder, flags):
     """Raises Unfinished or Mixed if the run is, another error if one of its files is not as cifar.py writes it."""
-    args = read_json(folder, 'args.json')
+    args = read_dict(folder, 'args.json')
     if 'check sum' in args:
         check_sum('args.json', {name: value for name, value in args.items() if name != 'check sum'}, args['check sum'])
     lines = read_lines(os.path.join(folder, 'log.txt'))
-    curve, setting, epochs = curve_of(lines), flags.setting(args), number(args, 'epochs')
+    curve, setting, epochs = curve_of(lines), flags.setting(args), number(args, 'epochs', file='args.json')
     progress = f'epoch {max(curve, default=0)} of {epochs}'
     if args.get('changes'):
         raise Mixed('; '.join(args['changes']))
@@ -217,22 +216,22 @@ def read_run(folder, flags):
         raise Unfinished(progress)
     if not os.path.exists(os.path.join(folder, 'result.json')):
         raise Unfinished(f'{progress}, but no result.json')
-    result = read_json(folder, 'result.json')
+    result = read_dict(folder, 'result.json')
     check_result(result, lines)
     top1 = number(result, 'test top-1', 100)
     environment = args.get('environment') or {}  # which runs of before it was written do not have
-    return Run(folder, setting, number(args, 'seed'),
+    return Run(folder, setting, number(args, 'seed', file='args.json'),
                {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
                result['chosen by'] == 'validation', top1, number(result['best'], 'top1', 100),
                int(number(result['best'], 'epoch')), int(number(result, 'parameters')),
                number(result, 'seconds per epoch'))
 
 
-def number(held, name, most=math.inf):
-    """What result.json or args.json holds under a name, if it is a number from 0 to `most`; otherwise ValueError."""
+def number(held, name, most=math.inf, file='result.json'):
+    """What `file` holds under a name, if it is a number from 0 to `most`; otherwise ValueError."""
     value = held[name]
     if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
-        raise ValueError(f'{name} in {"args.json" if name in ("seed", "epochs") else "result.json"} is {value}')
+        raise ValueError(f'{name} in {file} is {value}')
     return value
 
 
@@ -253,12 +252,8 @@ def check_sum(name, held, written):
         raise ValueError(f'{name} is not what the run wrote; resume it with no flags to have it written again')
 
 
-def read_json(folder, name):
-    try:
-        with open_text(os.path.join(folder, name)) as file:
-            held = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{name} is not JSON') from error
+def read_dict(folder, name):
+    held = read_json(os.path.join(folder, name))
     if not isinstance(held, dict):
         raise ValueError(f'{name} holds no names with values')
     return held

@@ -17,7 +17,6 @@ L is the mean cross-entropy in evaluation, w the weights as one vector of P numb
 A maximum is the best that its search found, so it is a lower bound. Each measurement is added to FILE-sharpness.json
 beside the checkpoint, with all its settings, and is not made again when it is there.
 """
-import json
 import math
 import os
 import time
@@ -33,7 +32,7 @@ from utils import memory, metrics
 from utils.batches import seeded_generator
 from utils.device import environment
 from utils.errors import Stopped, UserError
-from utils.files import open_text, write_json
+from utils.files import read_json, write_json
 from utils.flags import Parser, bounded
 from utils.lab import checkpoints
 from utils.run import run_script
@@ -283,8 +282,7 @@ def read(path):
     if not os.path.exists(path):
         return []
     try:
-        with open_text(path) as file:
-            entries = json.load(file)
+        entries = read_json(path)
         for entry in entries:
             cells(entry['measure'], entry['result'])
             entry['settings'], entry['seconds']

@@ -103,16 +103,21 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
+def few_digits(patch, train, test, load=datasets.load):
+    """Let every data set be so many of the digits."""
+    patch.setattr(datasets, 'load', lambda name, root, part, *rest:
+                  load('digits', None, part).subset(torch.arange(train if part == 'train' else test)))
+
+
 def toy_runs(**flags):
     """A fixture: the folder of short trainings on 160 digits, one for each name, with these flags of cifar.py. No
     curves are drawn.
     """
     @pytest.fixture(scope='module')
     def runs(tmp_path_factory):
-        folder, load = tmp_path_factory.mktemp('runs'), datasets.load
+        folder = tmp_path_factory.mktemp('runs')
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(datasets, 'load', lambda name, root, part, *rest:
-                          load('digits', None, part).subset(torch.arange(160 if part == 'train' else 60)))
+            few_digits(patch, 160, 60)
             patch.setattr('utils.run.plot_log', lambda *args: None)
             for name, own in flags.items():
                 call(patch, cifar, f'-d digits --epochs 1 --lr 0.02 --train-batch 16 --manualSeed 2 {own} -c '

@@ -16,8 +16,8 @@ import torch
 import cifar
 import evaluate
 import imagenet
-from helpers import call
-from utils import checkpoint, datasets, output
+from helpers import call, few_digits
+from utils import checkpoint, datasets, memory, output
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -27,9 +27,7 @@ SHORT = '-d digits --arch lenet --train-batch 16 --lr 0.02 --manualSeed 2'
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    load = datasets.load
-    monkeypatch.setattr(datasets, 'load', lambda name, root, part, *rest:
-                        load('digits', None, part).subset(torch.arange(64 if part == 'train' else 40)))
+    few_digits(monkeypatch, 64, 40)
     monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
     monkeypatch.setattr('utils.metrics.write_confusion', lambda *args: None)
 
@@ -37,10 +35,9 @@ def few_images(monkeypatch):
 @pytest.fixture(scope='module')
 def interrupted(tmp_path_factory):
     """The checkpoint of a run with much in it, in the middle of its second epoch."""
-    folder, load = tmp_path_factory.mktemp('run'), datasets.load
+    folder = tmp_path_factory.mktemp('run')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, 'load', lambda name, root, part, *rest:
-                      load('digits', None, part).subset(torch.arange(64 if part == 'train' else 40)))
+        few_digits(patch, 64, 40)
         patch.setattr('utils.run.plot_log', lambda *args: None)
         saved, save = [], checkpoint.save
 
@@ -246,18 +243,14 @@ def test_what_changes_in_the_middle_of_training_is_kept(flags, expected, monkeyp
                                    '--imbalance exp --imbalance-factor 0.5'])
 def test_other_training_images_are_refused_where_images_are_drawn_from_them(drawn, monkeypatch, tmp_path, capsys):
     call(monkeypatch, cifar, f'{SHORT} --epochs 1 {drawn} -c {tmp_path}')
-    load = datasets.load
-    monkeypatch.setattr(datasets, 'load', lambda name, root, part, *rest:
-                        load(name, root, part).subset(torch.arange(63 if part == 'train' else 40)))
+    few_digits(monkeypatch, 63, 40)
     with pytest.raises(UserError, match=f'the train images are not those of .*of 64, now .*of 63.*{drawn[:11]}'):
         call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
 
 
 def test_other_training_images_are_named_and_make_a_mixed_run(monkeypatch, tmp_path, capsys):
     call(monkeypatch, cifar, f'{SHORT} --epochs 1 -c {tmp_path}')
-    load = datasets.load
-    monkeypatch.setattr(datasets, 'load', lambda name, root, part, *rest:
-                        load(name, root, part).subset(torch.arange(63 if part == 'train' else 40)))
+    few_digits(monkeypatch, 63, 40)
     call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 2')
     assert 'the train images are not those of' in capsys.readouterr().out
     assert 'training images' in changes(tmp_path)[0]
@@ -322,6 +315,18 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(flags, sentenc
     with pytest.raises(UserError, match=f'{sentence}.* GB are free'):
         call(monkeypatch, cifar, f'-d cifar10 {flags} -c {tmp_path}/run')
     assert not (tmp_path / 'run').exists()
+
+
+def test_only_what_grows_with_the_batch_counts_as_activations():
+    """A head normalises its class weights, however many images there are."""
+    classes, features = 3000, 64
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, features), torch.nn.ReLU())
+    weight = torch.nn.Parameter(torch.randn(classes, features))
+    kept = memory.Kept(model, 2)
+    with kept.hooks:
+        (model(torch.randn(2, 3, 2, 2)) @ torch.nn.functional.normalize(weight).t()).logsumexp(1).sum()
+    of_images = 4 * 2 * (12 + features + 1 + classes)  # the input, after ReLU, logsumexp and the logits
+    assert 4 * 2 * (features + classes) <= kept.bytes <= of_images + 4 * 2 * classes
 
 
 def test_a_photograph_that_does_not_fit_into_memory_is_refused(monkeypatch, tmp_path):

@@ -1,5 +1,4 @@
 import copy
-import functools
 import itertools
 import math
 import pathlib
@@ -597,51 +596,3 @@ def test_the_file_works_alone(tmp_path):
     shutil.copy(ROOT / 'smoothout.py', tmp_path)
     result = subprocess.run([sys.executable, 'smoothout.py'], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and 'sharp minimum' in result.stdout, result.stderr
-
-
-class NeedsClosure(torch.optim.Optimizer):
-    def __init__(self, params, lr):
-        super().__init__(params, {'lr': lr})
-
-    def step(self, closure):
-        return closure()
-
-
-@pytest.mark.parametrize('kind', [torch.optim.LBFGS, functools.partial(torch.optim.LBFGS, max_iter=2), NeedsClosure,
-                                  SmoothOut])
-@pytest.mark.parametrize('groups', [1, 2])
-def test_a_base_optimizer_that_needs_a_closure_is_refused(kind, groups):
-    name = getattr(kind, 'func', kind).__name__
-    with pytest.raises(ValueError, match=f'SmoothOut cannot wrap {name}, whose step needs a closure; .* SGD, Adam'):
-        SmoothOut([{'params': [torch.nn.Parameter(torch.ones(2))]} for _ in range(groups)], 0.1, ss=0.1,
-                  base_optimizer=kind)
-
-
-@pytest.mark.parametrize('kind', ['SGD', 'Adam', 'AdamW', 'RMSprop', 'Adagrad', 'Adadelta', 'Adamax', 'ASGD', 'NAdam',
-                                  'RAdam', 'Rprop', 'Adafactor'])
-def test_other_base_optimizers_work(kind):
-    w = torch.nn.Parameter(torch.ones(2, 3))
-    optimizer = SmoothOut([w], 0.1, ss=0.1, base_optimizer=getattr(torch.optim, kind))
-    before = w.detach().clone()
-    for _ in range(2):
-        optimizer.step(lambda: (optimizer.zero_grad(), w.square().sum().backward()))
-    assert not torch.equal(w, before)
-
-
-@pytest.mark.parametrize('shapes', [[[]], [[], [(2, 3)]], [[(2, 3)], []], [[(0,), (0, 3), (3, 0)]]])
-@pytest.mark.parametrize('used', ['all', 'none', 'frozen'])
-def test_empty_groups_and_parameters_without_a_gradient(shapes, used):
-    groups = [{'params': [torch.nn.Parameter(torch.ones(shape)) for shape in group]} for group in shapes]
-    parameters = [p.requires_grad_(used != 'frozen') for group in groups for p in group['params']]
-    optimizer = SmoothOut(groups, 0.1, ss=0.1)
-
-    def closure():
-        optimizer.zero_grad()
-        start = torch.zeros((), requires_grad=True)
-        sum([p.square().sum() for p in parameters] if used == 'all' else [], start).backward()
-
-    for _ in range(2):
-        optimizer.step(closure)
-    optimizer.load_state_dict(optimizer.state_dict())
-    changed = used == 'all' and any(p.numel() for p in parameters)
-    assert changed != all(torch.equal(p, torch.ones_like(p)) for p in parameters)

@@ -12,7 +12,7 @@ from utils.flags import Parser, bounded
 from utils.bar import ProgressLine
 from utils.errors import UserError
 from utils.eval import Meter, cross_entropy, logits_of
-from utils.files import replacing, write_json
+from utils.files import read_json, replacing, write_json
 from utils.logger import Logger, plot_log, read_log, read_rows
 
 
@@ -196,6 +196,13 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path):
     with pytest.raises(TypeError):
         write_json(str(path), object())
     assert path.read_text() == '[\n  1\n]\n' and os.listdir(tmp_path) == ['a.json']
+
+
+@pytest.mark.parametrize('text', ['', '{', '[' * 100000, '\udcff'])
+def test_what_is_not_json_is_named_however_it_is_damaged(text, tmp_path):
+    (tmp_path / 'a.json').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(ValueError, match='^a.json is not JSON$'):
+        read_json(str(tmp_path / 'a.json'))
 
 
 def state():

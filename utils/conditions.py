@@ -2,8 +2,6 @@
 
 Each function is fixed by a seed of its own and leaves the global random state alone.
 """
-import argparse
-
 import numpy as np
 import torch
 
@@ -39,15 +37,18 @@ def left_by(args):
     """Words for what leaves fewer images to train on, such as ' that --val-split 0.1 leaves'; none without such a
     flag.
     """
-    words = drawn_by(argparse.Namespace(**{**vars(args), 'label_noise': None}))
+    words = _words(args, 'val_split', 'imbalance', 'train_fraction')
     return f' that {words} leaves' if words else ''
 
 
 def drawn_by(args):
     """Words for the flags that draw images, or their labels, from the training set; none without such a flag."""
-    flags = {'--val-split': args.val_split, '--imbalance': args.imbalance, '--train-fraction': args.train_fraction,
-             '--label-noise': args.label_noise}
-    return ' and '.join(f'{flag} {value}' for flag, value in flags.items() if value)
+    return _words(args, 'val_split', 'imbalance', 'train_fraction', 'label_noise')
+
+
+def _words(args, *names):
+    given = ((name.replace('_', '-'), getattr(args, name)) for name in names)
+    return ' and '.join(f'--{flag} {value}' for flag, value in given if value)
 
 
 def apply(args, split):

@@ -167,13 +167,12 @@ def connection_lost(error):
 
 
 def stop():
-    """End this process, at the end of a script, if it is one of several: all leave the group together.
+    """End this process, at the end of a script, if it is one of several; after a `barrier`, so that all end together.
 
     Python's own end is skipped, as threads of gloo outlive the group (a network in DistributedDataParallel keeps it,
     PyTorch 2.14): one that frees a collective while Python ends aborts its process, and torchrun then kills the others.
     """
     if active():
-        dist.barrier()  # the first process has written its report
         dist.destroy_process_group()
         atexit._run_exitfuncs()
         sys.stdout.flush()

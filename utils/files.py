@@ -64,6 +64,15 @@ def open_text(path, mode='r', newline=None):
     return open(path, mode, encoding='utf-8', errors='surrogateescape', newline=newline)
 
 
+def read_json(path):
+    """What a JSON file holds; ValueError if it is not JSON, or nested beyond what Python reads."""
+    try:
+        with open_text(path) as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{os.path.basename(path)} is not JSON') from error
+
+
 def write_json(path, value):
     """Pure ASCII, so that everything can read it; names have escapes."""
     text = json.dumps(value, indent=2) + '\n'

@@ -48,15 +48,21 @@ def check_network(args, build, architecture, size, device):
 
 
 class Kept:
-    """With it around a pass forward, `bytes` is what the pass keeps for `backward`, without the model's parameters."""
+    """With `hooks` around a pass of `images` images forward, `bytes` is what it keeps of them for `backward`.
 
-    def __init__(self, model):
+    Only tensors whose first axis is the batch count, as all else does not grow with it: parameters, normalised class
+    weights, the statistics of BatchNorm.
+    """
+
+    def __init__(self, model, images):
+        self.images = images
         self.storages = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor):
-        storage = tensor.untyped_storage()
-        self.storages.setdefault(storage._cdata, storage.nbytes())
+        if tensor.dim() > 1 and len(tensor) == self.images:
+            storage = tensor.untyped_storage()
+            self.storages.setdefault(storage._cdata, storage.nbytes())
         return tensor  # which keeps the storage, so that no other gets its address
 
     @property

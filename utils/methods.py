@@ -248,7 +248,7 @@ def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
     inputs, targets = torch.zeros(images, 3, size, size), torch.zeros(images, dtype=torch.long)
     try:
         with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
-            criterion, kept = build_criterion(args, model), memory.Kept(model)
+            criterion, kept = build_criterion(args, model), memory.Kept(model, images)
             with kept.hooks:
                 criterion(model(inputs, targets), targets)
     except ValueError as error:

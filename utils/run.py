@@ -322,7 +322,7 @@ def run_script(main):
     try:
         try:
             main()
-            distributed.barrier()
+            distributed.barrier()  # until the first process has written its report
             _ignore_signals()  # nothing is left to stop but the end of Python
             distributed.stop()
         except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file

@@ -4,7 +4,7 @@ import json
 import os
 
 from utils.errors import UserError
-from utils.files import open_text, replacing, write_json
+from utils.files import open_text, read_json, replacing, write_json
 
 
 class Scan:
@@ -58,8 +58,7 @@ class Scan:
 def check_settings(path, settings):
     """UserError unless the JSON file at `path` holds these settings, whatever else it holds."""
     try:
-        with open_text(path) as file:
-            held = json.load(file)
+        held = read_json(path)
         held = {name: held.get(name) for name in settings}
     except (ValueError, AttributeError) as error:
         raise UserError(f'{path} is not what this script writes; use --overwrite, or move it away') from error
