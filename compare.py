@@ -239,7 +239,8 @@ def check_result(result, lines):
     """ValueError unless result.json and log.txt are as the run wrote them; earlier versions wrote no check sums."""
     if 'check sums' not in result:
         return
-    checked = {name: value for name, value in result.items() if name not in ('check sums', 'seconds per epoch')}
+    checked = {name: value for name, value in result.items() if name not in
+               ('check sums', 'seconds', 'seconds per epoch')}
     check_sum('result.json', checked, result['check sums']['result.json'])
     check_sum('log.txt', [line[:-1] for line in lines], result['check sums']['log.txt'])
     seconds = [float(line[-1]) for line in lines[1:] if line[-1] != 'nan']

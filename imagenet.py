@@ -159,7 +159,8 @@ def fit(args, state, model, optimizer, batches):
         criterion = methods.build_criterion(args, model)
         for epoch in run.epochs():
             trained = train(run, criterion, optimizer, epoch, args)
-            tested = test(batches[run.selection], run.to_test, args)
+            meter = run.test_meter(epoch)  # None in an epoch that --test-every leaves out
+            tested = test(batches[run.selection], run.to_test, args, meter) if meter else None
             run.end_epoch(epoch, trained, tested)  # log, checkpoints, curves
         run.report(test)
 

@@ -1,14 +1,16 @@
 # Functions of the scripts in this folder, which source this file. Paths are relative to the root of the repository,
 # wherever a script is started.
 #
-#   run FOLDER FLAG...               one run of cifar.py: skipped if it is finished, resumed if it was interrupted
+#   run FOLDER FLAG...               one run of cifar.py, if it is not finished
 #   schedule EPOCHS MILESTONE...     the milestones of a recipe of EPOCHS epochs, moved to $EPOCHS epochs, as flags
 #   only NAME WORD...                ends the script if the variable NAME has a word that is not in the list
-#   finish                           the table of $OUT, and the runs that failed; the last line of every script
+#   finish                           runs them all, then prints the table of $OUT; the last line of every script
 #
-# From the environment: PYTHON, by default .venv/bin/python if it exists; CUDA_VISIBLE_DEVICES, the GPU, also of resumed
-# runs. A finished run is skipped whatever its flags were, and an interrupted run resumes with its own flags: use
-# another OUT for other flags. Two scripts that run at the same time in one OUT need different seeds or networks.
+# From the environment: JOBS, how many runs are side by side (one for each core if all networks are small, otherwise
+# one); LIST=1, which prints the commands, one a line, and runs nothing; PYTHON, by default .venv/bin/python if it
+# exists; CUDA_VISIBLE_DEVICES, the GPU. A finished run is skipped whatever its flags were; an interrupted run is resumed,
+# and refused if its flags were others: use another OUT for other flags. Two scripts that run at the same time in one
+# OUT need different seeds or networks.
 
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -17,46 +19,17 @@ if [ -x .venv/bin/python ]; then
 else
     PYTHON=${PYTHON:-python}
 fi
-failed=() running=
+commands= status=0
 
 run() {
-    local folder=$1 status
+    local folder=$1
     shift
     if [ -e "$folder/result.json" ]; then
-        echo "finished: $folder"
-        return
+        echo "finished: $folder" >&2
+    else
+        commands+=$(printf '%q ' "$PYTHON" cifar.py "$@" --checkpoint "$folder" --resume)auto$'\n'
     fi
-    if [ -e "$folder/checkpoint.pth.tar" ]; then
-        echo "resumed: $folder"
-        set -- --resume "$folder/checkpoint.pth.tar"
-    else  # a folder without a checkpoint belongs to a run that failed at its start
-        echo "run: $folder"
-        set -- "$@" --checkpoint "$folder" --overwrite
-    fi
-    # In the background, because bash handles SIGTERM only after a process in the foreground has ended; Ctrl-C still
-    # reaches the run.
-    (trap - INT; exec "$PYTHON" cifar.py "$@") &
-    running=$!
-    wait "$running"
-    status=$? running=
-    case $status in
-        0) ;;
-        130 | 143) exit "$status" ;;  # stopped by Ctrl-C or SIGTERM
-        *) echo "failed: $folder (exit status $status)" >&2
-           failed+=("$folder (exit status $status)") ;;
-    esac
 }
-
-stop() {  # waits for the run, then exits with status $1; $2, if given: a signal that the run has not received
-    trap - INT TERM
-    if [ "$running" ]; then
-        [ $# = 1 ] || kill -s "$2" "$running"
-        wait "$running"
-    fi
-    exit "$1"
-}
-trap 'stop 130' INT
-trap 'stop 143 TERM' TERM
 
 schedule() {
     local recipe=$1 milestone moved=
@@ -80,14 +53,30 @@ only() {
     done
 }
 
-finish() {
-    echo
-    "$PYTHON" compare.py "$OUT"
-    local status=$?
-    if [ ${#failed[@]} != 0 ]; then
-        printf '\nfailed:\n' >&2
-        printf '%s\n' "${failed[@]}" >&2
-        status=1
+run_all() {  # the runs since it was last called; ends the script if they were stopped, or if there were any to list
+    if [ "${LIST:-}" ]; then
+        printf %s "$commands"
+        [ -z "$commands" ] || exit 0
+        return
     fi
+    # In the background, because bash handles SIGTERM only after a process in the foreground has ended; Ctrl-C still
+    # reaches the runs.
+    (trap - INT; exec "$PYTHON" scripts/jobs.py ${JOBS:+"$JOBS"} <<< "$commands") &
+    running=$!
+    trap 'wait $running; exit 130' INT
+    trap 'kill $running; wait $running; exit 143' TERM
+    wait $running
+    local ended=$?
+    trap - INT TERM
+    [ $ended -le 1 ] || exit $ended
+    [ $ended = 0 ] || status=1
+    commands=
+}
+
+finish() {
+    run_all
+    [ -z "${LIST:-}" ] || exit 0
+    echo
+    "$PYTHON" compare.py "$OUT" || status=1
     exit "$status"
 }

@@ -74,6 +74,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('mini_batch',       True,                ASKED,      False),
     ('batch_multiplier', True,                ASKED,      False),
     ('test_batch',       False,               FREE,       True),
+    ('test_every',       True,                ASKED,      False),  # which epochs can be the best one
     ('epochs',           True,                FREE,       False),
     ('start_epoch',      True,                BEGIN,      False),
     ('optimizer',        True,                ASKED,      False),  # the checkpoint has the state of one class
@@ -279,6 +280,9 @@ def add_training_arguments(group, train_batch, test_batch):
                        help='spread this part of each target over all classes (0)')
     group.add_argument('--ema', type=bounded(float, 0, 0.999999999, above=True), metavar='DECAY',
                        help='test an exponential moving average of the weights, such as 0.999 at every step')
+    group.add_argument('--test-every', type=bounded(int, 1), metavar='N',
+                       help='test after every N epochs, and after the last (each, or so that no more images are tested '
+                            'than trained on)')
 
 
 def add_run_arguments(group, folder):

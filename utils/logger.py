@@ -76,7 +76,8 @@ def plot_log(path, *pictures):
     for axes, quantity in zip(figure.subplots(1, 2), ('Loss', 'Top-1')):
         for column, values in log.items():
             if column.endswith(quantity):
-                axes.plot(log['Epoch'], values, label=column, marker='.' if len(values) < 30 else None)
+                points = [point for point in zip(log['Epoch'], values) if point[1] == point[1]]  # not NaN: tested
+                axes.plot(*zip(*points), label=column, marker='.' if len(points) < 30 else None)
         axes.set(xlabel='epoch', ylabel='loss' if quantity == 'Loss' else 'top-1 accuracy (%)')
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -40,6 +40,7 @@ class Run:
     network           the model to train: compiled with --compile, in DistributedDataParallel among several processes
     to_test           the model to test: with --ema the moving average of the weights
     selection         the split that chooses the best epoch: 'val' if there is one, else 'test'
+    test_every        it is tested on after so many epochs, and after the last
     steps_per_epoch   batches in an epoch, of all processes together
     meter             the `Meter` of the epoch that `steps` runs through
 
@@ -57,7 +58,8 @@ class Run:
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
         self.meter = self.bar = self.logger = self.setting = None
         self.changes = []  # of the setting, in the middle of training
-        self.drawing_failed = False
+        self.predictions = None  # of the last epoch, if it was tested on the test images
+        self.drawn, self.drawing_failed = time.perf_counter(), False
         self.seconds = 0.0  # of training in the epoch that is running or has just run
 
     def __enter__(self):
@@ -81,11 +83,15 @@ class Run:
             if not os.path.exists(self.in_folder(output.BEST)):
                 state['best'] = {'top1': -1.0, 'epoch': 0}
         state['best'] = distributed.broadcast(state['best'])
+        if self.test_every > 1:
+            self.say(f'tested after every {self.test_every} epochs and after the last; --test-every 1 tests after each')
         return self
 
     def __exit__(self, kind, error, traceback):
         if self.bar:
             self.bar.finish()
+        if isinstance(error, (UserError, Stopped)) and not isinstance(error, NotWritten):
+            self._draw_curves()
         output.release(self.args.checkpoint)
         if isinstance(error, RuntimeError) and 'killed by signal: Terminated' in str(error):
             raise self._with_sentence(Stopped(signal.SIGTERM)) from error  # a process that reads images got it first
@@ -135,6 +141,24 @@ class Run:
         self.bar = None
         self._check_losses(self.meter.of_all_processes(), epoch)
 
+    @property
+    def test_every(self):
+        tested, trained = (len(self.batches[part].labels) for part in (self.selection, 'train'))
+        return self.args.test_every or -(-tested // trained)
+
+    def test_meter(self, epoch):
+        """What counts the test after an epoch, or None if this epoch is not tested, see --test-every.
+
+        After the last epoch it keeps the predictions for the report, unless there are validation images.
+        """
+        selected, last = self.batches[self.selection], epoch + 1 == self.args.epochs
+        if not last and (epoch + 1) % self.test_every:
+            return None
+        if not last or self.selection != 'test':
+            return Meter(len(selected), selected.num_classes, selected.device)
+        self.predictions = metrics.Predictions(len(selected), selected.num_classes, selected.device)
+        return self.predictions
+
     def say(self, text):
         """Print a line above the progress bar; in the first process only."""
         if self.bar:
@@ -145,24 +169,26 @@ class Run:
     def end_epoch(self, epoch, trained, tested):
         """Write the log, the checkpoints and the curves, and print a line.
 
-        trained, tested: what `Meter.read_all` gave in training, and in the test on the selection split.
+        trained, tested: what `Meter.read_all` gave in training, and in the test on the selection split, or None.
         """
         part, rate = self.selection, self.learning_rate(epoch * self.steps_per_epoch)
         folders.report_skipped(self.batches, self.in_folder('skipped.txt'))
-        if not math.isfinite(tested['Loss']):
+        if tested and not math.isfinite(tested['Loss']):
             raise UserError(f'the {part} loss became {tested["Loss"]} after epoch {epoch + 1}, at learning rate '
                             f'{rate:.4g}, {self._last_good(epoch)}')
         self.state['epoch'] = epoch + 1
         if self.logger:
-            self.logger.append([epoch + 1, rate, *trained.values(), *tested.values(), self.seconds])
-        if tested['Top-1'] > self.state['best']['top1']:
+            in_log = tested or dict.fromkeys(trained, math.nan)
+            self.logger.append([epoch + 1, rate, *trained.values(), *in_log.values(), self.seconds])
+        if tested and tested['Top-1'] > self.state['best']['top1']:
             self.state['best'] = {'top1': tested['Top-1'], 'epoch': epoch + 1}
             self.save(output.BEST)
         self.save(output.LAST)
-        if self.logger:
-            self._draw(plot_log, self.in_folder('log.txt'), self.in_folder('log.png'), self.in_folder('log.pdf'))
+        if time.perf_counter() - self.drawn > 30:
+            self._draw_curves()
+        test_line = f'| {metrics_line(part, tested)} ' if tested else ''
         self.say(f'epoch {epoch + 1}/{self.args.epochs} | lr {rate:.4g} | {metrics_line("train", trained)} '
-                 f'| {metrics_line(part, tested)} | {self.seconds:.1f} s')
+                 f'{test_line}| {self.seconds:.1f} s')
 
     def learning_rate(self, step):
         """The rate of the optimizer's first parameter group at `step`; NaN if it has none."""
@@ -193,21 +219,26 @@ class Run:
             best, epoch = chosen['best'], chosen['epoch']
             uncompiled = self.average.module if self.average else self.model
             checkpoint.load_weights(uncompiled, checkpoint.weights_to_test(chosen), self.in_folder(output.BEST))
-        predictions = metrics.Predictions(len(batches), batches.num_classes, batches.device)
-        tested = test(batches, self.to_test, self.args, predictions)
+        predictions = self.predictions
+        if predictions is None:
+            predictions = metrics.Predictions(len(batches), batches.num_classes, batches.device)
+            test(batches, self.to_test, self.args, predictions)
+        tested = predictions.read_all('test')
         probabilities, targets = predictions.of_all_images()
         if not distributed.is_first():
             return
         by_class, confusion = metrics.of_classes(probabilities, targets)
+        self._draw_curves()
         self._draw(metrics.write_confusion, confusion, self.state['classes'], self.in_folder('confusion.csv'),
                    self.in_folder('confusion.png'))
         seconds = [float(row[-1]) for row in self.logger.lines[1:] if row[-1] != 'nan']
-        result = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in {**tested, **by_class}.items()},
-                  'best': best, 'chosen by': 'validation' if chosen_by_validation else 'last epoch',
-                  'test images': len(targets), 'parameters': count_parameters(self.model),
-                  'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
+        by_class['NLL'], by_class['ECE'] = tested['Loss'], by_class['calibration error']  # the field's names
+        timeless = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in {**tested, **by_class}.items()},
+                    'best': best, 'chosen by': 'validation' if chosen_by_validation else 'last epoch',
+                    'test images': len(targets), 'parameters': count_parameters(self.model),
+                    'steps': (self.args.epochs - self.args.start_epoch) * self.steps_per_epoch}
         # What compare.py checks. Seconds are checked by their sum, so that equal runs have equal check sums.
-        timeless = {name: value for name, value in result.items() if name != 'seconds per epoch'}
+        result = {**timeless, 'seconds': sum(seconds), 'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
         result['check sums'] = {'log.txt': digest([line[:-1] for line in self.logger.lines]),
                                 output.RESULT: digest(timeless)}
         write_json(self.in_folder(output.RESULT), result)
@@ -246,6 +277,11 @@ class Run:
     def _with_sentence(self, stop):
         stop.sentence = f'Stopped; the finished epochs are kept. Resume with: {self._how_to_resume()}'
         return stop
+
+    def _draw_curves(self):
+        if self.logger and len(self.logger.lines) > 1:
+            self._draw(plot_log, self.in_folder('log.txt'), self.in_folder('log.png'), self.in_folder('log.pdf'))
+            self.drawn = time.perf_counter()
 
     def _draw(self, function, *arguments):
         """Draw a picture; whatever goes wrong with it is said once, and the run goes on."""

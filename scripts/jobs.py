@@ -1,0 +1,137 @@
+"""Run commands, several side by side: one a line on standard input, as LIST=1 prints them.
+
+    python scripts/jobs.py [N] < commands          # N runs at a time; by default see `at_once`
+
+Each is a command of cifar.py or imagenet.py with --checkpoint FOLDER. One at a time writes to the terminal, several
+write to FOLDER/output.txt. The cores are shared out, unless OMP_NUM_THREADS says how many threads a run has. Exit
+status: 0, 1 if a run failed, 130 or 143 if it was stopped.
+"""
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+STOPPED = (130, 143)  # exit statuses after SIGINT and SIGTERM
+
+
+def value(words, flag, default=None):
+    """What follows the last `flag` of a command; of a flag that is given twice the last counts."""
+    values = [after for word, after in zip(words, words[1:]) if word == flag]
+    return values[-1] if values else default
+
+
+def is_small(words):
+    """Whether a step of this run's network is too small to occupy more than one core."""
+    arch = value(words, '--arch', 'resnet')
+    return arch in ('lenet', 'mlp') or arch == 'resnet' and int(value(words, '--depth', 110)) <= 20
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def at_once(commands):
+    """One run for each core if all networks are small; otherwise one run, whose operations use all cores."""
+    return cores() if all(map(is_small, commands)) else 1
+
+
+class Stop(BaseException):
+    """SIGINT or SIGTERM has come; its argument is the number."""
+
+
+def stop(signum, frame):
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stop(signum)
+
+
+class Jobs:
+    """The runs of `commands`, each a list of words, `side_by_side` at a time."""
+
+    def __init__(self, commands, side_by_side):
+        self.waiting, self.side_by_side = list(commands), side_by_side
+        self.running, self.done, self.failed = {}, 0, []  # running: a process -> its folder
+        self.began = time.monotonic()
+        self.environment = {'OMP_NUM_THREADS': str(max(1, cores() // side_by_side)), **os.environ}
+
+    def run(self):
+        """The exit status."""
+        try:
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < self.side_by_side:
+                    self.start(self.waiting.pop(0))
+                for process in [each for each in self.running if each.poll() is not None]:
+                    if (status := process.returncode) in STOPPED:
+                        return self.end(signal.SIGTERM, status)
+                    self.count(self.running.pop(process), status)
+                time.sleep(0.05)
+        except Stop as stop:
+            # Ctrl-C has reached the runs as well, as they are of the same terminal.
+            return self.end(signal.SIGTERM if stop.args[0] == signal.SIGTERM else 0, 128 + stop.args[0])
+        return 1 if self.failed else 0
+
+    def start(self, words):
+        folder = value(words, '--checkpoint')
+        print(f'run: {folder}', flush=True)
+        output = None
+        if self.side_by_side > 1:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            output = open(pathlib.Path(folder, 'output.txt'), 'w', encoding='utf-8')
+        process = subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        if output:
+            output.close()
+        self.running[process] = folder
+
+    def count(self, folder, status):
+        """Count a run that has ended, and say how far all of them are."""
+        if status:
+            self.failed.append(f'{folder} (exit status {status})')
+            reason = f': {last_line(folder)}' if self.side_by_side > 1 else ''
+            print(f'failed: {self.failed[-1]}{reason}', file=sys.stderr, flush=True)
+        else:
+            self.done += 1
+        left = len(self.waiting) + len(self.running)
+        ended, seconds = self.done + len(self.failed), time.monotonic() - self.began
+        remaining = f', about {duration(seconds / ended * left)} remain' if left else f' after {duration(seconds)}'
+        print(f'{self.done} done, {len(self.failed)} failed, {left} left{remaining}', flush=True)
+
+    def end(self, signum, status):
+        """Stop the runs with a signal, if it is not 0, wait for them, and give the exit status."""
+        for process in self.running:
+            if signum and process.poll() is None:
+                process.send_signal(signum)
+        for process, folder in self.running.items():
+            process.wait()
+            if self.side_by_side > 1:
+                print(f'stopped: {folder}', file=sys.stderr)
+        return status
+
+
+def last_line(folder):
+    lines = pathlib.Path(folder, 'output.txt').read_text(encoding='utf-8', errors='replace').split('\n')
+    return next((line for line in reversed(lines) if line.strip()), 'it printed nothing')
+
+
+def duration(seconds):
+    minutes = round(seconds / 60)
+    return f'{seconds:.0f} s' if seconds < 100 else f'{minutes} min' if minutes < 100 else f'{minutes / 60:.1f} h'
+
+
+def main():
+    words = sys.argv[1:]
+    if len(words) > 1 or words and not (words[0].isdecimal() and int(words[0]) > 0):
+        sys.exit(f'error: JOBS must be a number of runs side by side, of at least 1, was given {" ".join(words)}')
+    commands = [shlex.split(line) for line in sys.stdin if line.strip()]
+    for command in commands:
+        if value(command, '--checkpoint') is None:
+            sys.exit(f'error: a command needs --checkpoint FOLDER, was given {shlex.join(command)}')
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    sys.exit(Jobs(commands, int(words[0]) if words else at_once(commands)).run())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Coefficients chosen fairly, then the table, of no paper: few images of Fashion-MNIST and LeNet. Every method has six
+# trials, the plain network too, over learning rate and weight decay; the methods take those that it chose. A trial is
+# judged by the validation top-1 of its last epoch, on images that no training sees, as the mean over TRIAL_SEEDS. Then
+# the chosen flags are trained with other seeds on the whole training set, and the test set is read.
+#
+# 6 methods x 6 trials = 36 runs for each trial seed, then 6 runs for each seed, of 50 epochs.
+#
+#   scripts/search.sh [flags for every run]
+#   DATASET=digits METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
+#
+# From the environment: DATASET; METHODS, one or several, to which none is added; FRACTION of the training set; EPOCHS;
+# TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); PYTHON. More in
+# run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
+OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
+METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
+METHODS=${METHODS//none/}
+TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
+SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
+. "$(dirname "$0")/run.sh"
+only METHODS dma lsoftmax amp smoothout large_margin
+
+# Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
+recipe="--dataset $DATASET --arch lenet --train-fraction $FRACTION --epochs $EPOCHS --test-every $EPOCHS
+        --train-batch 50 --lr-schedule onecycle --momentum 0.9 --nesterov --clip-norm 5"
+layers="--large-margin-layers input layer1 layer2 --cross-entropy-weight 1"
+
+grid() {  # the trials of method $1, one a line
+    case $1 in
+        none) printf '%s\n' "--lr 0.02 --wd 0.0005" "--lr 0.05 --wd 0.0005" "--lr 0.1 --wd 0.0005" \
+                            "--lr 0.02 --wd 0.005" "--lr 0.05 --wd 0.005" "--lr 0.1 --wd 0.005" ;;
+        dma) printf -- '--dma-coef %s\n' 0.01 0.03 0.1 0.3 1 3 ;;
+        lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 20 2 5 2 1 4 20 4 5 4 1 ;;
+        amp) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
+        smoothout) printf -- '--ss %s\n' 0.002 0.005 0.01 0.02 0.05 0.1 ;;
+        large_margin) printf -- "--large-margin-gamma %s --large-margin-coef %s\n" 5 0.1 5 0.3 5 1 \
+                                10000 0.1 10000 0.3 10000 1 ;;
+    esac
+}
+
+flags() {  # the flags of a trial $2 of method $1
+    case $1 in
+        none) echo "$2" ;;
+        large_margin) echo "--method large_margin $layers $2" ;;
+        *) echo "--method $1 $2" ;;
+    esac
+}
+
+name() {  # a trial as the name of a folder: --lr 0.02 is lr-0.02
+    local words=${1//--/}
+    echo "${words// /-}"
+}
+
+try() {  # add the trials of methods $2... with the flags $1 for each of them
+    local common=$1 method trial seed
+    shift
+    for method; do
+        while read -r trial; do
+            for seed in $TRIAL_SEEDS; do
+                run "$OUT/trials/$method/$(name "$trial")/seed$seed" $recipe --val-split 0.1 $common \
+                    $(flags "$method" "$trial") --manualSeed "$seed" "${given[@]}"
+            done
+        done < <(grid "$method")
+    done
+}
+
+chosen() {  # the trial of method $1 that is best on the validation images
+    local best trial
+    best=$("$PYTHON" scripts/choose.py "$OUT/trials/$1") || exit 1
+    while read -r trial; do
+        [ "$(name "$trial")" != "$best" ] || echo "$trial"
+    done < <(grid "$1")
+}
+
+given=("$@")
+try "" none
+run_all
+plain=$(chosen none) || exit 1
+try "$plain" $METHODS
+run_all
+for method in none $METHODS; do
+    trial=$(chosen "$method") || exit 1
+    echo "chosen: $method $trial" >&2
+    [ "$method" = none ] && common= || common=$plain
+    for seed in $SEEDS; do
+        run "$OUT/table/$method/seed$seed" $recipe $common $(flags "$method" "$trial") --manualSeed "$seed" "${given[@]}"
+    done
+done
+OUT=$OUT/table
+finish
