@@ -1,5 +1,6 @@
 # make demo   train ResNet-20 with DMA on the bundled digits, about two minutes on two cores
 # make test   the test suite
+# make results   the tables and pictures of docs/results.md, from the runs in results/
 # make scripts-check   every run of scripts/ for one epoch of digits, half an hour or more on two cores
 # All set up .venv first; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
@@ -11,6 +12,9 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
+results: .venv/installed
+	.venv/bin/python scripts/results.py docs/results.md
+
 # The largest networks see the fewest images; lsoftmax_imbalanced.sh and smoothout_large_batch.sh need enough for a batch.
 scripts-check: .venv/installed
 	rm -rf checkpoints/scripts-check
@@ -20,6 +24,7 @@ scripts-check: .venv/installed
 	$(call check,smoothout_large_batch)
 	$(call check,dma_cifar,--train-fraction 0.1)
 	$(call check,amp_cifar,--train-fraction 0.05)
+	TRIAL_SEEDS=101 $(call check,search)
 
 check = @start=$$(date +%s) && PYTHON=.venv/bin/python OUT=checkpoints/scripts-check/$(1) DATASET=digits EPOCHS=1 SEEDS=1 \
 	scripts/$(1).sh --precision bf16 $(2) && echo "$(1).sh: $$(($$(date +%s) - start)) seconds"
@@ -30,4 +35,4 @@ check = @start=$$(date +%s) && PYTHON=.venv/bin/python OUT=checkpoints/scripts-c
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: demo test scripts-check
+.PHONY: demo test results scripts-check

@@ -16,7 +16,8 @@ from utils.errors import UserError
 from utils.eval import Meter, cross_entropy, metrics_line
 from utils.flags import bounded
 from utils.parts import Parts, check_batch, smallest_part
-from utils.run import Run, headline, run_script, validate
+from utils.run import Run, headline, validate
+from utils.script import run_script
 
 
 def make_parser():

@@ -20,7 +20,7 @@ from utils.flags import Parser, file_path, with_todays_names
 from utils.lab.checkpoints import SCRIPTS
 from utils.logger import read_lines
 from utils.metrics import plus_minus, spread
-from utils.run import run_script
+from utils.script import run_script
 
 # Column -> format of its number. Of those in SECOND there are two: the mean, and what is called so.
 COLUMNS = {'setting': '', 'n': 'd', 'last epoch': '.2f', 'chosen by validation': '.2f',

@@ -19,7 +19,7 @@ from utils.eval import metrics_line
 from utils.flags import Parser, bounded
 from utils.lab import checkpoints
 from utils.lab.attack import Attack
-from utils.run import run_script
+from utils.script import run_script
 
 NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
 

@@ -35,7 +35,7 @@ from utils.errors import Stopped, UserError
 from utils.files import read_json, write_json
 from utils.flags import Parser, bounded
 from utils.lab import checkpoints
-from utils.run import run_script
+from utils.script import run_script
 
 
 def box(landscape, seed, box_epsilon, box_iterations, manifolds, times):

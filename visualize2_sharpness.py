@@ -7,7 +7,7 @@ The name is that of a script of the SmoothOut project (https://github.com/wenwei
 import functools
 
 import visualize_sharpness
-from utils.run import run_script
+from utils.script import run_script
 
 SCRIPT = {'prog': 'visualize2_sharpness.py', 'at_most': 1}
 parse_arguments = functools.partial(visualize_sharpness.parse_arguments, **SCRIPT)

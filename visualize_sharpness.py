@@ -31,7 +31,7 @@ from utils.files import drawn, save_figure
 from utils.flags import FLOAT32, Parser, bounded, file_path
 from utils.lab import checkpoints
 from utils.lab.scan import Scan
-from utils.run import run_script
+from utils.script import run_script
 
 AXES = {'line': ['alpha'], 'directions': ['direction', 'alpha'], 'surface': ['alpha', 'beta']}
 ALPHA = {'line': '-1:0.1:2', 'directions': '-0.3:0.02:0.31', 'surface': '-1:0.1:1'}

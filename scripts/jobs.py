@@ -63,19 +63,22 @@ class Jobs:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < self.side_by_side:
                     self.start(self.waiting.pop(0))
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # until one of them has ended
                 for process in [each for each in self.running if each.poll() is not None]:
                     if (status := process.returncode) in STOPPED:
                         return self.end(signal.SIGTERM, status)
                     self.count(self.running.pop(process), status)
-                time.sleep(0.05)
         except Stop as stop:
             # Ctrl-C has reached the runs as well, as they are of the same terminal.
             return self.end(signal.SIGTERM if stop.args[0] == signal.SIGTERM else 0, 128 + stop.args[0])
+        if self.failed:
+            print('\nfailed:', *self.failed, sep='\n', file=sys.stderr)
         return 1 if self.failed else 0
 
     def start(self, words):
         folder = value(words, '--checkpoint')
-        print(f'run: {folder}', flush=True)
+        resumed = pathlib.Path(folder, 'checkpoint.pth.tar').exists()
+        print(f'{"resumed" if resumed else "run"}: {folder}', flush=True)
         output = None
         if self.side_by_side > 1:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,14 @@ run() {
     local folder=$1
     shift
     if [ -e "$folder/result.json" ]; then
-        echo "finished: $folder" >&2
+        say "finished: $folder"
     else
         commands+=$(printf '%q ' "$PYTHON" cifar.py "$@" --checkpoint "$folder" --resume)auto$'\n'
     fi
+}
+
+say() {  # to the terminal, beside the commands that LIST=1 prints
+    if [ "${LIST:-}" ]; then echo "$1" >&2; else echo "$1"; fi
 }
 
 schedule() {

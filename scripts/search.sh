@@ -67,7 +67,7 @@ try() {  # add the trials of methods $2... with the flags $1 for each of them
 
 chosen() {  # the trial of method $1 that is best on the validation images
     local best trial
-    best=$("$PYTHON" scripts/choose.py "$OUT/trials/$1") || exit 1
+    best=$("$PYTHON" -m utils.lab.choose "$OUT/trials/$1") || exit 1
     while read -r trial; do
         [ "$(name "$trial")" != "$best" ] || echo "$trial"
     done < <(grid "$1")
@@ -81,7 +81,7 @@ try "$plain" $METHODS
 run_all
 for method in none $METHODS; do
     trial=$(chosen "$method") || exit 1
-    echo "chosen: $method $trial" >&2
+    say "chosen: $method $trial"
     [ "$method" = none ] && common= || common=$plain
     for seed in $SEEDS; do
         run "$OUT/table/$method/seed$seed" $recipe $common $(flags "$method" "$trial") --manualSeed "$seed" "${given[@]}"

@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import imagenet  # noqa: E402
 from utils import methods  # noqa: E402
-from utils.run import run_script  # noqa: E402
+from utils.script import run_script  # noqa: E402
 
 build_optimizer, steps = methods.build_optimizer, int(sys.argv.pop(1))
 

@@ -19,7 +19,7 @@ import imagenet
 from helpers import call, few_digits
 from utils import checkpoint, datasets, memory, output
 from utils.errors import UserError
-from utils.run import run_script
+from utils.script import run_script
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = '-d digits --arch lenet --train-batch 16 --lr 0.02 --manualSeed 2'
@@ -261,7 +261,7 @@ def test_other_training_images_are_named_and_make_a_mixed_run(monkeypatch, tmp_p
 def ended(program, tmp_path, **environment):
     """(exit status, stderr) of a script whose main is `program`."""
     (tmp_path / 'script.py').write_text('import os, signal, sys, time\nimport torch\n'
-                                        'from utils.run import run_script\n\ndef main():\n    ' + program +
+                                        'from utils.script import run_script\n\ndef main():\n    ' + program +
                                         '\n\nrun_script(main)\n')
     done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, text=True, capture_output=True, timeout=120,
                           env={**os.environ, 'PYTHONPATH': str(ROOT), **environment})

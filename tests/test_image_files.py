@@ -19,7 +19,7 @@ from helpers import call
 from test_data import write_folder
 from utils import batches, datasets, folders, image_files, memory
 from utils.errors import UserError
-from utils.run import run_script
+from utils.script import run_script
 
 
 def image(path, seed=0, **options):

@@ -1,10 +1,12 @@
 """The batch scripts: every command is one that cifar.py takes, and runs are skipped, resumed, reported and stopped as
 they should be.
 """
+import collections
 import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,22 +18,23 @@ import cifar
 import compare
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in (ROOT / 'scripts').glob('*.sh') if path.name != 'run.sh')
+SCRIPTS = sorted(path.name for path in (ROOT / 'scripts').glob('*.sh') if path.name not in ('run.sh', 'keep.sh'))
 RUNS = {'dma_cifar.sh': 24, 'amp_cifar.sh': 72, 'lsoftmax_imbalanced.sh': 16, 'smoothout_large_batch.sh': 8,
-        'large_margin_mnist.sh': 24, 'all_methods.sh': 14}  # for each seed
+        'large_margin_mnist.sh': 24, 'all_methods.sh': 14, 'search.sh': 6}  # for each seed
 
-# Stands in for Python: writes down its arguments, and "trains" unless the folder matches $FAILING.
+# Stands in for Python: writes down its arguments, and "trains" unless the folder matches $FAILING. The first trial is
+# the best.
 STUB = '''#!/bin/sh
-separator=
-{ printf '['; for word; do printf '%s"%s"' "$separator" "$word"; separator=', '; done; printf ']\\n'; } >> "$RECORD"
-[ "$1" = cifar.py ] || { echo "table of $2"; exit; }
-while [ $# -gt 1 ]; do
-    case $1 in
-        --checkpoint) folder=$2 ;;
-        --resume) folder=${2%/*} ;;
-    esac
-    shift
-done
+line=
+for word; do line="$line${line:+, }\\"$word\\""; done
+case $1 in
+    scripts/jobs.py) exec "$REAL" "$@" ;;
+    -m) ls "$3" | head -n 1; exit ;;
+    compare.py) echo "table of $2"; exit ;;
+esac
+echo "[$line]" >> "$RECORD"
+while [ "$1" != --checkpoint ]; do shift; done
+folder=$2
 case $folder in
     $FAILING) exit "$STATUS" ;;
     $SLEEPING) trap 'kill $!; exit 143' TERM; trap 'kill $!; exit 130' INT
@@ -52,8 +55,7 @@ class Stage:
     def environment(self, **variables):
         clean = {name: value for name, value in os.environ.items() if name in ('PATH', 'HOME', 'TMPDIR')}
         return {**clean, 'PYTHON': str(self.stub), 'RECORD': str(self.record), 'OUT': str(self.out), 'FAILING': '',
-                'SLEEPING': '',
-                'STATUS': '1', **variables}
+                'SLEEPING': '', 'STATUS': '1', 'REAL': sys.executable, 'JOBS': '1', **variables}
 
     def call(self, script, *flags, **variables):
         """(exit status and output, the commands of cifar.py that were started)"""
@@ -65,7 +67,7 @@ class Stage:
 
     def commands(self):
         lines = [json.loads(line) for line in self.record.read_text().splitlines()]
-        return [words[1:] for words in lines if words[0] == 'cifar.py']
+        return [words[1:] for words in lines]
 
 
 @pytest.fixture
@@ -84,29 +86,31 @@ def understood(command, monkeypatch):
 
 def test_there_are_scripts_and_bash_can_read_all_of_them():
     assert set(SCRIPTS) == set(RUNS)
-    for script in [*SCRIPTS, 'run.sh']:
+    for script in [*SCRIPTS, 'run.sh', 'keep.sh']:
         subprocess.run(['bash', '-n', ROOT / 'scripts' / script], check=True)
 
 
 @pytest.mark.parametrize('variables', [{}, {'DATASET': 'digits', 'EPOCHS': '1'}], ids=['default', 'digits'])
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_every_command_is_understood_and_has_its_baseline(script, variables, stage, monkeypatch):
-    result, commands = stage.call(script, '--precision', 'bf16', **variables)
-    assert result.returncode == 0 and not result.stderr and result.stdout.endswith(f'\ntable of {stage.out}\n')
+    result, commands = stage.call(script, '--precision', 'bf16', SEEDS='1 2', **variables)
+    commands = [command for command in commands if '--val-split' not in command]  # trials of search.sh
+    out = stage.out / 'table' if script == 'search.sh' else stage.out
+    assert result.returncode == 0 and not result.stderr and result.stdout.endswith(f'\ntable of {out}\n')
     datasets = len({value(command, '--dataset') for command in commands})
     several = {'dma_cifar.sh': 2, 'amp_cifar.sh': 3}.get(script, 1)
-    assert datasets == (1 if variables else several) and len(commands) == 3 * RUNS[script] // several * datasets
+    assert datasets == (1 if variables else several) and len(commands) == 2 * RUNS[script] // several * datasets
     assert len({value(command, '--checkpoint') for command in commands}) == len(commands)
     assert len({json.dumps([word for word in command if word != value(command, '--checkpoint')]) for command
                 in commands}) == len(commands)
-    seeds = {seed: [command for command in commands if value(command, '--manualSeed') == seed] for seed in '123'}
+    seeds = {seed: [command for command in commands if value(command, '--manualSeed') == seed] for seed in '12'}
     assert len({len(own) for own in seeds.values()}) == 1
 
     flags, settings = compare.Flags(), set()
     for command in seeds['1']:
         args = understood(command, monkeypatch)
-        assert args.precision == 'bf16' and command[-5:] == ['--precision', 'bf16', '--checkpoint', args.checkpoint,
-                                                             '--overwrite']
+        assert args.precision == 'bf16' and command[-6:] == ['--precision', 'bf16', '--checkpoint', args.checkpoint,
+                                                             '--resume', 'auto']
         assert args.checkpoint.startswith(f'{stage.out}/') and args.checkpoint.endswith('/seed1')
         settings.add(frozenset(flags.setting({**vars(args), 'as given': args.inherited}).items()))
     assert len(settings) == len(seeds['1'])
@@ -163,11 +167,12 @@ def test_finished_is_skipped_broken_off_is_resumed_and_debris_is_overwritten(sta
     (finished / 'result.json').write_text('kept')
     result, commands = stage.call('all_methods.sh', '--workers', '2', **variables)
     assert result.returncode == 0 and (finished / 'result.json').read_text() == 'kept'
-    assert [line for line in result.stdout.splitlines() if line] == [
+    lines = [line for line in result.stdout.splitlines() if line]
+    assert [line for line in lines if ' done, ' not in line] == [
         f'finished: {finished}', f'resumed: {broken}', f'run: {debris}', f'run: {empty}', f'table of {stage.out}']
-    assert commands[0] == ['--resume', f'{broken}/checkpoint.pth.tar']
-    assert [command[-3:] for command in commands[1:]] == [['--checkpoint', str(folder), '--overwrite'] for folder
-                                                          in (debris, empty)]
+    assert lines[2].startswith('1 done, 0 failed, 2 left, about ') and lines[6].startswith('3 done, 0 failed, 0 left')
+    assert [command[-4:] for command in commands] == [
+        ['--checkpoint', str(folder), '--resume', 'auto'] for folder in (broken, debris, empty)]
     result, commands = stage.call('all_methods.sh', **variables)
     assert result.returncode == 0 and not commands and result.stdout.count('finished: ') == 4
 
@@ -215,19 +220,115 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
+def test_runs_side_by_side_share_the_cores_and_keep_their_output(stage, monkeypatch):
+    """Three at a time: the fourth waits until one has ended."""
+    names = ['none', 'dma', 'amp', 'smoothout', 'lsoftmax']
+    script = subprocess.Popen([ROOT / 'scripts/all_methods.sh'], stdout=subprocess.PIPE, text=True,
+                              env=stage.environment(JOBS='3', SLEEPING='*/[da]*', METHODS=' '.join(names), SEEDS='1'))
+    wait_for(stage.out / 'lsoftmax/seed1/result.json', script)
+    assert not (stage.out / 'dma/seed1/result.json').exists() and not (stage.out / 'amp/seed1/result.json').exists()
+    assert (stage.out / 'none/seed1/output.txt').read_text() == ''
+    script.terminate()
+    output, _ = script.communicate(timeout=30)
+    assert script.returncode == 143 and 'table of' not in output and '3 done, 0 failed, 2 left' in output
+
+
+@pytest.mark.parametrize('jobs, threads', [('1', None), ('2', max(1, len(os.sched_getaffinity(0)) // 2)), ('64', 1)])
+def test_threads_are_shared_out(jobs, threads, tmp_path):
+    command = f'{shlex.quote(sys.executable)} -c "import os; print(os.environ.get(\'OMP_NUM_THREADS\'))" ' \
+              f'--checkpoint {tmp_path}'
+    clean = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
+    for given in (None, '5'):
+        result = jobs_script(command, jobs, env=clean if given is None else {**clean, 'OMP_NUM_THREADS': given})
+        output = result.stdout if jobs == '1' else (tmp_path / 'output.txt').read_text()
+        expected = given or str(threads or len(os.sched_getaffinity(0)))
+        assert result.returncode == 0 and expected in output.split(), output
+
+
+def jobs_script(commands, *words, **options):
+    return subprocess.run([sys.executable, 'scripts/jobs.py', *words], input=commands, cwd=ROOT, text=True,
+                          capture_output=True, timeout=60, **options)
+
+
+@pytest.mark.parametrize('words, small', [
+    ('--arch lenet', True), ('--arch mlp', True), ('--arch resnet --depth 8', True), ('--depth 20', True),
+    ('--arch resnet --depth 20 --depth 56', False), ('--arch resnet', False), ('--arch wrn --depth 16', False)])
+def test_small_networks_run_one_for_each_core(words, small):
+    sys.path.append(str(ROOT / 'scripts'))
+    import jobs
+    assert jobs.is_small(words.split()) == small
+    assert jobs.at_once([words.split()] * 3) == (jobs.cores() if small else 1)
+    assert jobs.at_once([words.split(), ['--arch', 'vgg19_bn']]) == 1
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['0'], 'error: JOBS must be a number of runs side by side, of at least 1, was given 0'),
+    (['two'], 'error: JOBS must be a number of runs side by side, of at least 1, was given two'),
+    ([], 'error: a command needs --checkpoint FOLDER, was given python cifar.py')])
+def test_odd_jobs_are_refused(words, sentence):
+    result = jobs_script('python cifar.py\n', *words)
+    assert (result.returncode, result.stderr, result.stdout) == (1, sentence + '\n', '')
+
+
+def test_the_reason_of_a_failure_is_shown(tmp_path):
+    result = jobs_script(f'sh -c "echo first; echo error: no luck >&2; exit 3" --checkpoint {tmp_path}/a\n'
+                         f'true --checkpoint {tmp_path}/b\n', '2')
+    assert result.returncode == 1 and 'failed: ' in result.stderr
+    assert f'failed: {tmp_path}/a (exit status 3): error: no luck' in result.stderr.splitlines()
+
+
+def test_a_list_is_printed_and_nothing_runs(stage):
+    result, commands = stage.call('all_methods.sh', '--data', 'a b', LIST='1', METHODS='none dma', SEEDS='1 2')
+    assert result.returncode == 0 and not commands and not stage.out.exists()
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4
+    subprocess.run(['xargs', '-d', '\n', '-n', '1', '-P', '2', 'bash', '-c'], input=result.stdout, text=True, cwd=ROOT,
+                   check=True, env=stage.environment())
+    listed = [shlex.split(line)[2:] for line in lines]
+    assert sorted(stage.commands()) == sorted(listed) and value(listed[0], '--data') == 'a b'
+    result, commands = stage.call('all_methods.sh', LIST='1', METHODS='none dma amp', SEEDS='1 2')
+    assert result.stdout.count('\n') == 2 and result.stdout.count('/amp/') == 2  # the others are finished
+
+
+def test_trials_choose_the_flags_of_the_table(stage):
+    variables = {'METHODS': 'none dma', 'TRIAL_SEEDS': '8 9', 'SEEDS': '1'}
+    listed, commands = stage.call('search.sh', LIST='1', **variables)
+    assert listed.stdout.count('\n') == 12 and '/trials/none/' in listed.stdout and not commands
+    result, commands = stage.call('search.sh', **variables)
+    assert result.returncode == 0, result.stderr
+    trials, table = commands[:24], commands[24:]
+    assert all(value(command, '--val-split') == '0.1' and value(command, '--manualSeed') in '89' for command in trials)
+    assert all('--val-split' not in command and value(command, '--manualSeed') == '1' for command in table)
+    # The stub chooses the first folder, which is not the first of the list.
+    assert all(value(command, '--lr') == '0.02' and value(command, '--wd') == '0.0005' for command in trials[12:])
+    assert [value(command, '--dma-coef') for command in table if '--dma-coef' in command] == ['0.01']
+    assert [line for line in result.stdout.splitlines() if line.startswith('chosen')] == [
+        'chosen: none --lr 0.02 --wd 0.0005', 'chosen: dma --dma-coef 0.01']
+
+
+def test_every_method_has_as_many_trials(stage):
+    result, commands = stage.call('search.sh', TRIAL_SEEDS='1', SEEDS='1')
+    trials = collections.Counter(tuple(command[command.index('--method') + 1:][:1]) if '--method' in command else ()
+                                 for command in commands if '--val-split' in command)
+    assert len(trials) == 6 and set(trials.values()) == {6}
+
+
 def test_a_real_script_that_is_killed_in_its_second_run_goes_on_to_its_table(tmp_path):
-    environment = {**os.environ, 'OUT': str(tmp_path), 'METHODS': 'none dma', 'SEEDS': '1', 'EPOCHS': '1',
-                   'PYTHON': sys.executable}
-    command = [ROOT / 'scripts/all_methods.sh', '--depth', '8', '--train-fraction', '0.3']
+    environment = {**os.environ, 'OUT': str(tmp_path), 'DATASET': 'digits', 'TRAINING': 'fraction0.1', 'SEEDS': '1',
+                   'EPOCHS': '1', 'JOBS': '1', 'PYTHON': sys.executable}
+    names = [f'fraction0.1-{loss}/seed1' for loss in ('crossentropy', 'margin', 'both')]
+    command = [ROOT / 'scripts/large_margin_mnist.sh', '--test-batch', '360']
     script = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True)
-    wait_for(tmp_path / 'dma/seed1/checkpoint.pth.tar', script)
+    wait_for(tmp_path / names[1] / 'checkpoint.pth.tar', script)
     script.terminate()
     output, _ = script.communicate(timeout=120)
     assert script.returncode == 143 and 'Stopped; the finished epochs are kept' in output and 'Traceback' not in output
-    assert (tmp_path / 'none/seed1/result.json').exists() and not (tmp_path / 'dma/seed1/result.json').exists()
+    assert [(tmp_path / name / 'result.json').exists() for name in names] == [True, False, False]
 
-    result = subprocess.run(command, env=environment, cwd='/', capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env={**environment, 'JOBS': '2'}, cwd='/', capture_output=True, text=True,
+                            timeout=300)
     assert result.returncode == 0, result.stderr
-    assert f'finished: {tmp_path}/none/seed1' in result.stdout and f'resumed: {tmp_path}/dma/seed1' in result.stdout
-    assert re.search(r'^--method dma +1 .*[+-]\d+\.\d\d', result.stdout, re.MULTILINE)
+    assert f'finished: {tmp_path}/{names[0]}' in result.stdout and f'resumed: {tmp_path}/{names[1]}' in result.stdout
+    assert 'epoch 1 | test loss' in (tmp_path / names[2] / 'output.txt').read_text()
+    assert re.search(r'^--method large_margin .*[+-]\d+\.\d\d', result.stdout, re.MULTILINE)

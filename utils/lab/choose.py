@@ -1,33 +1,29 @@
 """The best of several trials, each a folder with one run for each seed, by validation images alone.
 
-    python scripts/choose.py checkpoints/search/fashion-mnist-0.01-50epochs/trials/dma
-    python scripts/choose.py results/search/fashion-mnist-0.01-50epochs/trials/* --markdown
+    python -m utils.lab.choose checkpoints/search/fashion-mnist-0.01-50epochs/trials/dma
+    python -m utils.lab.choose results/search/fashion-mnist-0.01-50epochs/trials/* --markdown
 
 Prints the name of the best folder below each DIR; with --markdown a table of all trials instead. A trial counts by the
-mean over its seeds of the top-1 accuracy on the validation images after the last epoch. No number of the test set is
-read into that choice.
+mean over its seeds of the top-1 accuracy on the validation images after the last epoch. The test set has no part in it.
 """
 import os
-import pathlib
 import sys
 
-sys.path.insert(0, os.fspath(pathlib.Path(__file__).parent.parent))
-
-from utils.errors import UserError  # noqa: E402  (the path above)
-from utils.flags import Parser, file_path  # noqa: E402
-from utils.lab import runs as lab_runs  # noqa: E402
-from utils.metrics import plus_minus, spread  # noqa: E402
-from utils.run import run_script  # noqa: E402
+from utils.errors import UserError
+from utils.flags import Parser, file_path
+from utils.lab import runs as lab_runs
+from utils.metrics import plus_minus, spread
+from utils.script import run_script
 
 
 def main():
-    parser = Parser(prog='choose.py', usage='python scripts/choose.py DIR [DIR ...] [--markdown]',
+    parser = Parser(prog='choose', usage='python -m utils.lab.choose DIR [DIR ...] [--markdown]',
                     description='The best of several trials by validation images.')
     parser.add_argument('folders', nargs='+', type=file_path, metavar='DIR', help='a folder with a folder for each trial')
     parser.add_argument('--markdown', action='store_true', help='print a table of all trials')
     args = parser.parse_args()
     if args.markdown:
-        print('| trials | validation top-1 | |', '| --- | --- | --- |', sep='\n')
+        print('| trial | n | validation top-1 | |', '| --- | --- | --- | --- |', sep='\n')
     for folder in args.folders:
         trials = validation_of(folder)
         best = max(trials, key=lambda name: spread(trials[name])[0])
@@ -35,14 +31,15 @@ def main():
             print(best)
             continue
         for name, values in trials.items():
-            print(f'| {os.path.basename(os.path.normpath(folder))}, {name} | {plus_minus(*spread(values), ".2f")} '
-                  f'| {"chosen" if name == best else ""} |')
+            print(f'| {os.path.basename(os.path.normpath(folder))}: {name} | {len(values)} '
+                  f'| {plus_minus(*spread(values), ".2f")} | {"chosen" if name == best else ""} |')
 
 
 def validation_of(folder):
-    """The name of each trial below `folder` -> the last epoch's validation top-1 of its seeds, by seed.
+    """The name of each trial below `folder` -> a list of the last epoch's validation top-1, one number for each seed.
 
-    UserError unless all trials have the same seeds, as many as there are.
+    A trial that lacks a seed of the others, as its run failed, is left out and named. UserError if none is left, or if
+    a run has no validation images.
     """
     paths, _ = lab_runs.find_runs([folder])
     runs, others = lab_runs.read_runs(paths, lab_runs.Flags())
@@ -52,12 +49,12 @@ def validation_of(folder):
             raise UserError(f'{run.folder} has no validation images, by which it could be chosen; it needs --val-split')
         name = os.path.relpath(run.folder, folder).split(os.sep)[0]
         trials.setdefault(name, {})[run.seed] = run.curve[max(run.curve)]
+    print(*others, sep='\n', end='\n' if others else '', file=sys.stderr)
     seeds = set().union(*trials.values())
     for name, values in list(trials.items()):
         if missing := sorted(seeds - values.keys()):
-            print(f'left out: {os.path.join(folder, name)} has no finished run of seed {missing[0]}', file=sys.stderr)
+            print(f'left out: {os.path.join(folder, name)} (no finished run of seed {missing[0]})', file=sys.stderr)
             del trials[name]
-    print(*others, sep='\n', end='\n' if others else '', file=sys.stderr)
     if not trials:
         raise UserError(f'no trial in {folder} is finished')
     return {name: [values[seed] for seed in sorted(values)] for name, values in sorted(trials.items())}

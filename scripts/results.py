@@ -1,0 +1,47 @@
+"""Print the tables of a document again, and draw its pictures, from the runs in results/ alone.
+
+    python scripts/results.py docs/results.md
+
+A table follows the command that prints it, an indented line `python compare.py results/... --markdown` or
+`python -m utils.lab.choose results/... --markdown`, and ends with the comment <!-- end -->. What is between them is
+replaced by what the command prints, which also appears on the terminal.
+"""
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+TABLE = re.compile(r'(^    python ((?:compare\.py|-m utils\.lab\.choose) results/.*?[^\\])\n\n)(.*?)(^<!-- end -->$)',
+                   re.MULTILINE | re.DOTALL)
+
+
+def tables(text):
+    """(words of the command, what the document shows below it) of each table in the text of a document."""
+    return [(shlex.split(command.replace('\\\n', ' ')), shown) for _, command, shown, _ in TABLE.findall(text)]
+
+
+def printed(words):
+    """What a command prints, in Markdown."""
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, capture_output=True,
+                            env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    if result.returncode:
+        sys.exit(f'error: python {shlex.join(words)} ended with status {result.returncode}: {result.stderr.strip()}')
+    return result.stdout.strip() + '\n\n'
+
+
+def main():
+    for path in map(pathlib.Path, sys.argv[1:]):
+        text = path.read_text(encoding='utf-8')
+        if not tables(text):
+            sys.exit(f'error: {path} has no table that a command of compare.py prints')
+        outputs = [printed(words) for words, _ in tables(text)]
+        print(*outputs, sep='\n', end='')
+        new = iter(outputs)
+        path.write_text(TABLE.sub(lambda match: match[1] + next(new) + match[4], text), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

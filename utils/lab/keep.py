@@ -1,0 +1,58 @@
+"""Copy what a table needs of finished runs into results/; scripts/keep.sh calls it."""
+import os
+import pathlib
+import shutil
+import sys
+
+from utils.errors import UserError, shown
+from utils.flags import Parser, file_path
+from utils.lab import runs as lab_runs
+from utils.output import RESULT
+from utils.script import run_script
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+FILES = ('args.json', 'log.txt', RESULT)
+
+
+def main():
+    parser = Parser(prog='keep.sh', usage='scripts/keep.sh FOLDER...', description='Copy finished runs into results/.')
+    parser.add_argument('folders', nargs='+', type=file_path, metavar='FOLDER')
+    folders, refused = lab_runs.find_runs(parser.parse_args().folders)
+    refused = [line.removeprefix('left out: ') for line in refused]
+    kept = 0
+    for folder in folders:
+        if reason := why_not(folder):
+            refused.append(f'{shown(folder)} ({reason})')
+            continue
+        target = place_of(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(os.path.join(folder, name), target / name)
+        kept += 1
+    print(f'{kept} runs are in results/')
+    if refused:
+        print(*(f'refused: {line}' for line in refused), sep='\n', file=sys.stderr)
+        raise UserError(f'{len(refused)} of {kept + len(refused)} runs cannot be kept')
+
+
+def why_not(folder):
+    """Why a run cannot be kept, in words, or None."""
+    script = lab_runs.script_of(folder)
+    _, others = lab_runs.read_runs([folder], lab_runs.Flags(script or 'cifar.py'))
+    if others:
+        return others[0]
+    commit = lab_runs.read_dict(folder, 'args.json').get('environment', {}).get('commit')
+    if not commit or commit.endswith('with changes'):
+        return f'its code is that of commit {commit or "unknown"}; commit the changes, and run it again'
+    return None
+
+
+def place_of(folder):
+    """Where in results/ a run is kept: at its path below checkpoints/, or under its own name."""
+    path = pathlib.Path(folder).resolve()
+    above = (ROOT / 'checkpoints').resolve()
+    return ROOT / 'results' / (path.relative_to(above) if path.is_relative_to(above) else path.name)
+
+
+if __name__ == '__main__':
+    run_script(main)
