@@ -24,7 +24,7 @@ scripts-check: .venv/installed
 	$(call check,smoothout_large_batch)
 	$(call check,dma_cifar,--train-fraction 0.1)
 	$(call check,amp_cifar,--train-fraction 0.05)
-	TRIAL_SEEDS=101 $(call check,search)
+	$(call check,search,--train-fraction 0.5)
 
 check = @start=$$(date +%s) && PYTHON=.venv/bin/python OUT=checkpoints/scripts-check/$(1) DATASET=digits EPOCHS=1 SEEDS=1 \
 	scripts/$(1).sh --precision bf16 $(2) && echo "$(1).sh: $$(($$(date +%s) - start)) seconds"

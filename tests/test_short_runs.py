@@ -10,7 +10,7 @@ from helpers import broken_off, call, few_digits
 from utils.errors import UserError
 from utils.logger import read_lines
 
-FEW = '-d digits -a mlp --train-batch 10 --lr 0.01 --epochs 7 --manualSeed 5'
+FEW = '-d digits -a lenet --train-batch 10 --lr 0.01 --epochs 7 --manualSeed 5'
 
 
 @pytest.fixture
