@@ -13,6 +13,7 @@ import pytest
 import cifar
 import compare
 from utils.errors import UserError
+from utils.lab import statistics
 
 ENVIRONMENT = {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}
 
@@ -27,7 +28,7 @@ def write_run(folder, flags='', seed=1, curve=(40.0, 60.0, 50.0), top1=None, mis
     part = 'Val' if given.get('val_split') else 'Test'
     settled = given | {'epochs': len(curve), 'lr': 0.1, 'schedule': [1], 'checkpoint': str(folder),
                        'coef': read['coef']}
-    best = max(range(len(curve)), key=curve.__getitem__)
+    best = max(range(len(curve)), key=lambda index: (curve[index] == curve[index], curve[index]))
     contents = {
         'args.json': settled | {'as given': given, 'environment': ENVIRONMENT, 'network': {}} | (args or {}),
         'result.json': {'epoch': len(curve), 'test loss': 1.0, 'test top-1': curve[-1] if top1 is None else top1,
@@ -55,7 +56,7 @@ def table(monkeypatch, capsys):
         printed = capsys.readouterr()
         rows = list(csv.DictReader(io.StringIO(printed.out)))
         assert len({row['setting'] for row in rows}) == len(rows) > 0
-        return {row['setting']: {name: float(value) if value and name not in ('all', 'setting') else value
+        return {row['setting']: {name: float(value) if value and name not in ('all', 'setting') and name.split()[-1] != 'verdict' else value
                                  for name, value in row.items()} for row in rows}, printed.err
     return read
 
@@ -82,7 +83,7 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_means_deviations_differences_and_standard_errors(runs, table):
+def test_means_deviations_and_differences(runs, table):
     rows, notes = table(runs)
     assert list(rows) == ['(none)', '--method dma --dma-coef 0.3', '--method amp']
     for row, values in zip(rows.values(), (PLAIN, DMA, AMP)):
@@ -96,29 +97,116 @@ def test_means_deviations_differences_and_standard_errors(runs, table):
             assert row['last epoch std'] == pytest.approx(deviation(values), rel=1e-12)
             assert row['best, chosen by test set std'] == pytest.approx(deviation([93.0 + seed ** 2 for seed in seeds]))
     plain, dma, amp = rows.values()
-    assert plain['difference mean'] == plain['difference standard error'] == ''
-    assert dma['difference mean'] == pytest.approx(mean(DMA) - mean(PLAIN))
-    error = math.sqrt(deviation(PLAIN) ** 2 / 3 + deviation(DMA) ** 2 / 2)
-    assert dma['difference standard error'] == pytest.approx(error)
+    assert plain['difference mean'] == plain['difference low'] == plain['verdict'] == ''
+    expected = statistics.welch(DMA, PLAIN)
+    assert (dma['difference mean'], dma['difference low'], dma['difference high']) == pytest.approx(expected)
+    assert dma['difference mean'] == pytest.approx(mean(DMA) - mean(PLAIN)) and dma['verdict'] == 'not shown'
     assert amp['difference mean'] == pytest.approx(88.0 - mean(PLAIN))
-    assert amp['difference standard error'] == amp['last epoch std'] == ''
+    assert amp['difference low'] == amp['last epoch std'] == '' and 'p' not in amp
     assert notes == 'Commit abc1234; PyTorch 2.15.0; device cpu.\n'
 
 
 def test_the_text_is_aligned_rounded_and_explained(runs, monkeypatch, capsys):
     call(monkeypatch, runs)
-    shared, _, header, *rows, _, note, environment = capsys.readouterr().out.splitlines()
+    shared, _, header, *rows, _, note, compared, needed, environment = capsys.readouterr().out.splitlines()
     assert shared == 'all: --dataset cifar10 --arch resnet --epochs 3'
     assert environment == 'Commit abc1234; PyTorch 2.15.0; device cpu.'
-    starts = [header.index(name) for name in ('n  ', 'last', 'best, chosen by test set', 'at epoch', 'difference',
-                                              'parameters')]
+    names = ('n  ', 'last', 'best, chosen by test set', 'at epoch', 'difference', 'p (Holm)', 'verdict', 'parameters')
+    starts = [header.index(name) for name in names]
     cells = [[row[start:end].strip() for start, end in zip([0, *starts], [*starts, None])] for row in rows]
-    assert all(row[start - 1] == ' ' for row in rows for start in starts)
+    assert all(row[start - 1] == ' ' for row in rows for start in starts if start <= len(row))
     assert [row[:3] for row in cells] == [['(none)', '3', '90.60 +- 0.62'],
                                           ['--method dma --dma-coef 0.3', '2', '91.75 +- 1.06'],
                                           ['--method amp', '1', '88.00']]
-    assert [row[5] for row in cells] == ['', '+1.15 +- 0.83', '-2.60'] and cells[0][4] == '2.0'
-    assert '+- standard deviation over n seeds' in note and 'standard error' in note and 'validation' not in header
+    low, high = statistics.welch(DMA, PLAIN)[1:]
+    assert [row[5] for row in cells] == ['', f'+1.15 [{low:+.2f}, {high:+.2f}]', '-2.60'] and cells[0][4] == '2.0'
+    assert [row[6:8] for row in cells] == [['', ''], ['too few seeds', 'not shown'], ['too few seeds', 'not shown']]
+    assert '+- standard deviation over n seeds' in note and 'Welch' in compared and 'validation' not in header
+    assert needed == ('With 2 seeds that both have, nothing can be shown for 2 rows, however large the difference; it '
+                      'takes 7 seeds.')
+
+
+# Metrics, and other baselines
+
+SEEDS = range(8)
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """Eight seeds of three settings; AMP is one point better, and its loss is one lower, in each seed."""
+    for method, gain in (('', 0.0), ('--method amp', 1.0), ('--method smoothout', 0.0)):
+        for seed in SEEDS:
+            value = 80 + seed + gain + 0.01 * (seed * 7 % 5)
+            write_run(tmp_path / f'{method[9:12]}{seed}', method, seed=seed, curve=(50.0, value), result={
+                'test loss': 3 - gain + 0.1 * seed, 'test calibration error': 5 + 0.1 * seed,
+                'test balanced accuracy': value - 1, 'test class accuracy': [value, None, value - gain * 3]})
+    return tmp_path
+
+
+def test_each_metric_has_its_columns_and_verdict(metrics, table):
+    rows, _ = table(metrics, '--metric', 'worst', 'loss', 'top1', 'ece', 'balanced')
+    plain, amp, smoothout = rows['(none)'], rows['--method amp'], rows['--method smoothout']
+    values = [80 + seed + 0.01 * (seed * 7 % 5) for seed in SEEDS]
+    assert plain['loss mean'] == pytest.approx(mean([3 + 0.1 * seed for seed in SEEDS]))
+    assert plain['ECE std'] == pytest.approx(deviation([5 + 0.1 * seed for seed in SEEDS]))
+    assert plain['top-1 mean'] == pytest.approx(mean(values)) and 'last epoch mean' not in plain
+    assert plain['balanced mean'] == pytest.approx(mean(values) - 1)
+    assert amp['worst class mean'] == pytest.approx(mean(values) - 2)
+    for name, sign in (('top-1', 1), ('balanced', 1), ('loss', -1), ('worst class', -2)):
+        assert amp[f'{name} paired difference mean'] == pytest.approx(sign)
+        assert amp[f'{name} p'] == 2 / 2 ** 8 and amp[f'{name} p (Holm)'] == 4 / 2 ** 8  # of two methods
+        assert amp[f'{name} verdict'] == ('worse' if name == 'worst class' else 'better')
+        assert smoothout[f'{name} verdict'] == 'not shown' and smoothout[f'{name} p (Holm)'] == 1
+    assert amp['ECE verdict'] == 'not shown'
+
+
+def test_error_turns_accuracies_around_and_no_verdict(metrics, table, monkeypatch, capsys):
+    accuracy, _ = table(metrics, '--metric', 'top1', 'loss')
+    error, _ = table(metrics, '--metric', 'top1', 'loss', '--error')
+    for name in accuracy:
+        assert error[name]['top-1 mean'] == pytest.approx(100 - accuracy[name]['top-1 mean'])
+        assert error[name]['loss mean'] == accuracy[name]['loss mean']
+        assert error[name]['top-1 verdict'] == accuracy[name]['top-1 verdict']
+    assert error['--method amp']['top-1 difference mean'] == pytest.approx(-1)
+    call(monkeypatch, metrics, '--error')
+    assert 'Top-1 test error in percent' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags', ['--method amp', '--method amp --epsilon 0.50', '--dataset cifar10 --method amp'])
+def test_another_row_can_be_the_baseline(flags, metrics, table):
+    rows, _ = table(metrics, '--baseline', flags)
+    assert rows['--method amp']['verdict'] == ''
+    assert [rows[name]['verdict'] for name in ('(none)', '--method smoothout')] == ['worse'] * 2
+    assert rows['(none)']['paired difference mean'] == pytest.approx(-1)
+
+
+def test_the_baseline_is_read_as_flags_are(tmp_path, table, monkeypatch):
+    for seed, (flags, value) in enumerate([('', 1.0), ('--method dma --dma-coef 0.25', 3.0), ('--wd 1e-3', 4.0)] * 2):
+        write_run(tmp_path / str(seed), flags, seed=seed // 3, curve=(value, value))
+    rows, _ = table(tmp_path, '--baseline', '--method dma --coef 0.250')
+    assert [row['difference mean'] for row in rows.values()] == ['' if '--method dma' in name else (
+        1 if 'decay' in name or 'wd' in name else -2) for name in rows]
+    rows, _ = table(tmp_path, '--baseline', '(none)')
+    assert sorted(row['difference mean'] for row in rows.values() if row['difference mean'] != '') == [2, 3]
+    with pytest.raises(UserError, match="--baseline '--method amp' fits no row; it can be one of: .none.; "):
+        call(monkeypatch, tmp_path, '--baseline', '--method amp')
+
+
+def test_runs_without_a_metric_are_named_and_left_out(metrics, table):
+    write_run(metrics / 'old', seed=99, curve=(50.0, 10.0))
+    assert table(metrics)[0]['(none)']['n'] == 9
+    rows, notes = table(metrics, '--metric', 'top1', 'ece', 'worst')
+    assert rows['(none)']['n'] == 8
+    assert f'left out: {metrics / "old"} (its result.json has no ECE and no worst class; resume it' in notes
+
+
+def test_epochs_that_were_not_tested_are_no_part_of_the_curve(tmp_path, table):
+    write_run(tmp_path / 'a', curve=(math.nan, 50.0, math.nan, 60.0), result={'best': {'top1': 60.0, 'epoch': 4}})
+    write_run(tmp_path / 'b', curve=(math.nan,) * 3 + (math.inf,), seed=2, result={'best': {'top1': 1.0, 'epoch': 4}})
+    write_run(tmp_path / 'c', curve=(40.0, math.nan), seed=3, args={'epochs': 4})
+    rows, notes = table(tmp_path)
+    assert rows['(none)']['last epoch mean'] == 60 and rows['(none)']['n'] == 1
+    assert 'top-1 of epoch 4 in log.txt is inf' in notes and 'epoch 2 of 4' in notes
 
 
 def test_markdown_is_a_table_with_the_same_cells(runs, monkeypatch, capsys):
@@ -130,9 +218,9 @@ def test_markdown_is_a_table_with_the_same_cells(runs, monkeypatch, capsys):
     assert before == 'all: `--arch resnet --epochs 3`' and len(lines) == 6 and set(lines[1]) == set('|- ')
     assert len({len(re.findall(r'(?<!\\)\|', line)) for line in lines}) == 1
     assert lines[3].startswith('| `--method dma --dma-coef 0.3 --dataset cifar10` | 2 | 91.75 +- 1.06 | ')
-    assert '| +1.15 +- 0.83 |' in lines[3]
+    assert '| +1.15 [' in lines[3]
     assert r'a\|b' in lines[5]
-    assert len(after) == 3 and after[-1].startswith('unfinished: ')  # paragraphs of their own
+    assert len(after) == 5 and after[-1].startswith('unfinished: ')  # paragraphs of their own
 
 
 def test_epochs_chosen_by_validation_have_a_column_of_their_own(tmp_path, table):
@@ -277,7 +365,7 @@ def test_what_is_unfinished_or_broken_is_listed_and_changes_no_number(runs, tabl
         'words-log': {'log.txt': log + '\n4\tx\n'},
         'twice-log': {'log.txt': log + '\n2\t50\n'},
         'back-log': {'log.txt': 'Epoch\tTest Top-1\n10\t50\n9\t60\n'},
-        'nan-log': {'log.txt': log + '\n4\tnan\n'},
+        'nan-log': {'log.txt': log + '\n10\tnan\n'},
         'half-result': {'result.json': '{'},
         'empty-result': {'result.json': {}},
     }
@@ -305,7 +393,7 @@ def test_what_is_unfinished_or_broken_is_listed_and_changes_no_number(runs, tabl
     for name, words in expected.items():
         assert said.pop((name, 'unfinished')).endswith(f'{name} ({words})')
     expected = {'half-args': 'args.json is not JSON', 'half-result': 'result.json is not JSON', 'no-args': 'args.json',
-                'no-log': 'log.txt', 'other-log': 'not a log', 'nan-log': 'top-1 of epoch 4 in log.txt is nan',
+                'no-log': 'log.txt', 'other-log': 'not a log', 'nan-log': 'top-1 of epoch 10, the last, is nan',
                 'twice-log': 'count up', 'back-log': 'count up', 'nan': 'top-1 in result.json is nan',
                 'empty-result': 'test top-1'}
     for name, words in expected.items():
@@ -494,8 +582,8 @@ def test_two_real_runs(tmp_path, table, monkeypatch, capsys):
     rows, notes = table(tmp_path)
     row = rows['(none)']
     assert set(row['all'].split('--')) == set(flags.replace('--coef', '--dma-coef').split('--'))
-    assert row['n'] == 2 and row['at epoch'] == 1
-    assert row['last epoch mean'] == row['best, chosen by test set mean'] == pytest.approx(mean(values))
+    assert row['n'] == 2 and 'at epoch' not in row
+    assert row['last epoch mean'] == pytest.approx(mean(values))
     assert row['last epoch std'] == pytest.approx(deviation(values))
     assert row['parameters (M)'] == results[0]['parameters'] / 1e6
     assert row['seconds per epoch'] == pytest.approx(mean([result['seconds per epoch'] for result in results]))

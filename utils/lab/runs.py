@@ -1,0 +1,259 @@
+"""Finished runs of cifar.py and imagenet.py, read from their folders: what was set, what came out, and whether the files
+are what the run wrote.
+"""
+import importlib
+import math
+import os
+import shlex
+from typing import NamedTuple
+
+from utils import datasets, methods
+from utils.errors import UserError, shown
+from utils.files import digest, read_json
+from utils.flags import with_todays_names
+from utils.lab.checkpoints import SCRIPTS
+from utils.logger import read_lines
+
+ENVIRONMENT = ('commit', 'torch', 'device')
+SECONDS = ('seconds', 'seconds per epoch')  # in result.json, checked by their sum
+
+
+class Metric(NamedTuple):
+    column: str
+    meaning: str
+    accuracy: bool  # in percent, so that there is an error too; otherwise lower is better
+    digits: int = 2  # behind the decimal point
+
+
+METRICS = {
+    'top1': Metric('top-1', 'top-1 test accuracy in percent', True),
+    'loss': Metric('loss', 'loss: mean cross-entropy (NLL) on the test images', False, 4),
+    'ece': Metric('ECE', 'ECE: expected calibration error on the test images in percent', False),
+    'balanced': Metric('balanced', 'balanced: mean accuracy of the classes in percent', True),
+    'worst': Metric('worst class', 'worst class: the accuracy of the worst class in percent', True),
+}
+
+
+class Unfinished(Exception):
+    """Which epoch a run has reached."""
+
+
+class Mixed(Exception):
+    """What a run was trained with changed on the way."""
+
+
+class Run(NamedTuple):
+    folder: str
+    setting: dict  # a flag's name -> its value, of the flags that tell settings apart
+    seed: int
+    environment: dict  # each of ENVIRONMENT -> a word
+    curve: dict  # tested epoch -> top-1 on the test set, or on the validation set if `chosen`
+    chosen: bool  # by validation; otherwise the result is that of the last epoch
+    values: dict  # the result on the test set: each of METRICS -> its number, None in a run of before it was written
+    best: float  # top-1 of the curve's best epoch
+    best_epoch: int
+    parameters: int
+    seconds: float  # per epoch
+
+
+class Flags:
+    """What a script knows of its flags, by their names in args.json and in the order of --help."""
+
+    def __init__(self, script='cifar.py'):
+        self.script = script
+        parser = importlib.import_module(SCRIPTS[script]).make_parser()
+        defaults = vars(parser.parse_args([]))
+        self.spelling = {action.dest: next(word for word in action.option_strings if word.startswith('--'))
+                         for action in parser._actions if action.dest in defaults}
+        self.defaults = {name: hashable(defaults[name]) for name in self.spelling}
+        self.choices = {action.dest: list(action.choices or ()) for action in parser._actions}
+        self.of_method = {name: methods.flags(module) for name, module in methods.METHODS.items()}
+        self.of_methods = set.union({'method'}, *self.of_method.values())
+
+    def setting(self, args):
+        """The flags that decide what a run computes, from its args.json."""
+        known = {name: value for name, value in with_todays_names(args).items() if name in self.defaults}
+        values = {**self.defaults, **known, **with_todays_names(args.get('as given', {}))}
+        if not datasets.has_images_of_any_size(values.get('dataset', 'folder')):
+            values.pop('data', None)  # it says where the data set is, not which one
+        return {name: hashable(value) for name, value in methods.setting(values).items()}
+
+    def read(self, text):
+        """(the names of the flags that `text` gives, the setting that they make); the script's sentence if it has none
+        such.
+        """
+        parser = importlib.import_module(SCRIPTS[self.script]).make_parser()
+        args = parser.parse_args(shlex.split(text), defaults={'resume': None})
+        methods.check_arguments(args, parser)  # gives --coef to the method that it means
+        given = {f'{args.method[0]}_coef' if name == 'coef' and args.method else name for name in args.given}
+        return given, self.setting({'as given': vars(args)})
+
+    def names(self, settings):
+        """All flags, and behind them those in `settings` that the script does not know any more."""
+        return [*self.defaults, *sorted(set().union(*settings) - set(self.defaults))]
+
+    def without_methods(self, setting):
+        return frozenset((name, value) for name, value in setting.items() if name not in self.of_methods)
+
+    def typed(self, setting, names):
+        """Some flags of a setting as a person would type them; nothing for those that are off or not given."""
+        words = []
+        for name in names:
+            value = setting.get(name)
+            if value is not None and value is not False and value != ():
+                words.append(self.spelling.get(name, f'--{name.replace("_", "-")}'))
+                values = () if value is True else value if isinstance(value, tuple) else (value,)
+                words += [str(each).removesuffix('.0') if isinstance(each, float) else str(each) for each in values]
+        return shlex.join(words)
+
+
+def hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def find_runs(paths):
+    """(the folders of the runs at or below `paths`, each once; a line about each path without any).
+
+    UserError for a path that is not there, or if there is no run at all.
+    """
+    found, without = {}, []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f'there is no folder {path}')
+        below = []
+        for folder, subfolders, files in os.walk(os.path.normpath(path)):
+            is_run = 'args.json' in files or 'log.txt' in files
+            below += [folder] if is_run else []
+            subfolders[:] = [] if is_run else sorted(name for name in subfolders if not name.startswith('.'))
+        if not below:
+            without.append(f'left out: {shown(path)} (holds no run)')
+        for folder in below:
+            found.setdefault(os.path.realpath(folder), folder)
+    if not found:
+        raise UserError(f'{" ".join(paths[:5])} holds no run, which would be a folder with args.json and log.txt')
+    return list(found.values()), without
+
+
+def read_runs(folders, flags):
+    """(finished runs, a line about each other one)."""
+    runs, others = {}, []
+    for folder in folders:
+        if script_of(folder) not in (None, flags.script):
+            others.append(f'left out: {folder} (of {script_of(folder)}, and others are of {flags.script})')
+            continue
+        try:
+            one = read_run(folder, flags)
+            first = runs.setdefault((frozenset(one.setting.items()), one.seed), one)
+            if first is not one:
+                others.append(f'left out: {folder} (same setting and seed as {first.folder})')
+        except Unfinished as error:
+            others.append(f'unfinished: {folder} ({error})')
+        except Mixed as error:
+            others.append(f'mixed: {folder} ({error})')
+        except (OSError, ValueError) as error:
+            others.append(f'broken: {folder} ({error})')
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:  # a list where a number should be ...
+            others.append(f'broken: {folder} (args.json or result.json is not as cifar.py writes it: {error})')
+    return list(runs.values()), [shown(line) for line in others]
+
+
+def script_of(folder):
+    """The script that a run is of, or None if its args.json cannot tell."""
+    try:
+        # the only one when it was not yet written down
+        script = read_dict(folder, 'args.json').get('script', 'cifar.py')
+    except (OSError, ValueError, AttributeError):
+        return None
+    return script if isinstance(script, str) and script in SCRIPTS else None
+
+
+def read_run(folder, flags):
+    """Raises Unfinished or Mixed if the run is, another error if one of its files is not as cifar.py writes it."""
+    args = read_dict(folder, 'args.json')
+    if 'check sum' in args:
+        check_sum('args.json', {name: value for name, value in args.items() if name != 'check sum'}, args['check sum'])
+    lines = read_lines(os.path.join(folder, 'log.txt'))
+    (curve, done), setting, epochs = curve_of(lines), flags.setting(args), number(args, 'epochs', file='args.json')
+    progress = f'epoch {done} of {epochs}'
+    if args.get('changes'):
+        raise Mixed('; '.join(args['changes']))
+    if done < epochs:
+        raise Unfinished(progress)
+    if done not in curve:
+        raise ValueError(f'top-1 of epoch {done}, the last, is nan in log.txt')
+    if not os.path.exists(os.path.join(folder, 'result.json')):
+        raise Unfinished(f'{progress}, but no result.json')
+    result = read_dict(folder, 'result.json')
+    check_result(result, lines)
+    values = measured(result)
+    environment = args.get('environment') or {}  # which runs of before it was written do not have
+    return Run(folder, setting, number(args, 'seed', file='args.json'),
+               {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
+               result['chosen by'] == 'validation', values, number(result['best'], 'top1', 100),
+               int(number(result['best'], 'epoch')), int(number(result, 'parameters')),
+               number(result, 'seconds per epoch'))
+
+
+def measured(result):
+    """Each of METRICS -> its number in result.json, or None if it is not there."""
+    places = {'loss': ('test loss', math.inf), 'ece': ('test calibration error', 100),
+              'balanced': ('test balanced accuracy', 100)}
+    values = {'top1': number(result, 'test top-1', 100)}
+    for metric, (name, most) in places.items():
+        values[metric] = number(result, name, most) if name in result else None
+    classes = [share for share in result.get('test class accuracy', []) if share is not None]
+    values['worst'] = number({'test class accuracy': min(classes)}, 'test class accuracy', 100) if classes else None
+    return values
+
+
+def number(held, name, most=math.inf, file='result.json'):
+    """What `file` holds under a name, if it is a number from 0 to `most`; otherwise ValueError."""
+    value = held[name]
+    if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
+        raise ValueError(f'{name} in {file} is {value}')
+    return value
+
+
+def check_result(result, lines):
+    """ValueError unless result.json and log.txt are as the run wrote them; earlier versions wrote no check sums."""
+    if 'check sums' not in result:
+        return
+    checked = {name: value for name, value in result.items() if name not in ('check sums', *SECONDS)}
+    check_sum('result.json', checked, result['check sums']['result.json'])
+    check_sum('log.txt', [line[:-1] for line in lines], result['check sums']['log.txt'])
+    seconds = [float(line[-1]) for line in lines[1:] if line[-1] != 'nan']
+    if (result['seconds per epoch'] != sum(seconds) / max(len(seconds), 1)
+            or result.get('seconds', sum(seconds)) != sum(seconds)):
+        raise ValueError('the seconds in log.txt or result.json are not what the run wrote')
+
+
+def check_sum(name, held, written):
+    if digest(held) != written:
+        raise ValueError(f'{name} is not what the run wrote; resume it with no flags to have it written again')
+
+
+def read_dict(folder, name):
+    held = read_json(os.path.join(folder, name))
+    if not isinstance(held, dict):
+        raise ValueError(f'{name} holds no names with values')
+    return held
+
+
+def curve_of(lines):
+    """(tested epoch -> top-1 on the test or validation set, the last epoch), from the lines of log.txt."""
+    names, *rows = lines or [[]]
+    if rows and len(rows[-1]) < len(names):
+        rows.pop()
+    try:
+        epoch, top1 = names.index('Epoch'), names.index('Val Top-1' if 'Val Top-1' in names else 'Test Top-1')
+        curve = {int(row[epoch]): float(row[top1]) for row in rows}
+        if any(len(row) != len(names) for row in rows):
+            raise IndexError
+    except (ValueError, IndexError) as error:
+        raise ValueError('log.txt is not a log of cifar.py') from error
+    if len(curve) < len(rows) or list(curve) != sorted(curve):
+        raise ValueError('the epochs in log.txt do not count up')
+    for number, value in curve.items():
+        if math.isinf(value):
+            raise ValueError(f'top-1 of epoch {number} in log.txt is {value}')
+    return {number: value for number, value in curve.items() if not math.isnan(value)}, max(curve, default=0)

@@ -1,0 +1,94 @@
+"""Is the difference between two settings more than chance: intervals, exact p-values, a verdict.
+
+Two groups of runs are compared by Welch's interval. Runs of the same seed share their training images, initial weights
+and order of batches, so their differences are compared too, which is the sharper test where the seed draws the images:
+by a BCa bootstrap interval (Efron, JASA 1987) and an exact sign-flip test, which assumes only that a difference is as
+likely to be negative as positive if the method does nothing. Holm's correction (Scandinavian Journal of Statistics 1979)
+keeps the chance of any false claim in a table at 5%.
+"""
+import statistics
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+# scipy.stats is imported where it is used: it takes a second or more, which a mistake in the flags should not pay.
+
+LEVEL = 0.05  # the chance of a false claim
+RESAMPLES = 9999  # of the bootstrap
+FLIPS = 99999  # of the signs: all of them up to 16 pairs, else drawn ones
+FEWEST_FOR_INTERVAL, FEWEST_FOR_P = 3, 6  # pairs; the smallest p of 5 pairs is 2 / 2^5 = 0.0625
+
+
+class Interval(NamedTuple):
+    """A mean and its 95% interval."""
+    mean: float
+    low: float
+    high: float
+
+
+def welch(values, baseline):
+    """The difference of the means of two lists with Welch's interval; None if either has a single number.
+
+    (m1 - m2) -+ t_0.975(f) s with s^2 = s1^2 / n1 + s2^2 / n2 and f of Welch and Satterthwaite (Welch, Biometrika 1947).
+    """
+    if min(len(values), len(baseline)) < 2:
+        return None
+    from scipy import stats
+
+    difference = statistics.fmean(values) - statistics.fmean(baseline)
+    if len(set(values)) == len(set(baseline)) == 1:
+        return Interval(difference, difference, difference)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Precision loss occurred')  # where one of the lists is constant
+        low, high = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval(1 - LEVEL)
+    return Interval(difference, float(low), float(high))
+
+
+def paired(differences):
+    """The mean of a list of differences, one for each seed, with its BCa bootstrap interval; None below 3 pairs."""
+    if len(differences) < FEWEST_FOR_INTERVAL:
+        return None
+    from scipy import stats
+
+    mean = statistics.fmean(differences)
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # equal but for rounding: nothing to draw from
+        return Interval(mean, mean, mean)
+    result = stats.bootstrap((differences,), np.mean, method='BCa', n_resamples=RESAMPLES,
+                             random_state=np.random.default_rng(0))
+    return Interval(mean, *map(float, result.confidence_interval))
+
+
+def sign_flip(differences):
+    """The two-sided p of the mean of a list of differences under all changes of their signs; None below 6 pairs."""
+    if len(differences) < FEWEST_FOR_P:
+        return None
+    from scipy import stats
+
+    return float(stats.permutation_test((differences,), np.mean, permutation_type='samples', n_resamples=FLIPS,
+                                        random_state=np.random.default_rng(0)).pvalue)
+
+
+def holm(ps):
+    """A list of p-values, each corrected for the number of all; None stays and does not count."""
+    known = sorted((p, index) for index, p in enumerate(ps) if p is not None)
+    corrected, largest = list(ps), 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = largest
+    return corrected
+
+
+def verdict(interval, p, higher_is_better):
+    """'better' or 'worse' if the paired interval excludes 0 and the corrected p is at most 0.05; else 'not shown'."""
+    if interval is None or p is None or p > LEVEL or interval.low <= 0 <= interval.high:
+        return 'not shown'
+    return 'better' if (interval.low > 0) == higher_is_better else 'worse'
+
+
+def fewest_pairs(methods):
+    """How many pairs can show anything where so many methods are corrected for: the least n with methods 2/2^n <= 5%."""
+    pairs = FEWEST_FOR_P
+    while methods * 2 / 2 ** pairs > LEVEL:
+        pairs += 1
+    return pairs
