@@ -64,7 +64,7 @@ def main():
     runs, others = read_runs(folders, flags)
     runs, lacking = with_metrics(runs, args.metric)
     others += lacking + without
-    notes = sys.stderr if args.csv else sys.stdout
+    notes, between = sys.stderr if args.csv else sys.stdout, '\n\n' if args.markdown else '\n'
     if not runs:
         print(*others, sep='\n', file=notes, flush=True)
         raise UserError(f'none of the {len(others)} runs can be compared, as none is finished')
@@ -79,9 +79,9 @@ def main():
         write_csv(rows, columns, shared)
     else:
         print_table(rows, columns, shared, args.markdown)
-        print(*explained(args, runs, rows), sep='\n\n' if args.markdown else '\n', end='\n\n' if args.markdown else '\n')
+        print(*explained(args, runs, rows), sep=between, end=between)
     used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
-    print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep='\n\n' if args.markdown else '\n', file=notes)
+    print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep=between, file=notes)
     if args.plot:
         plot(args.plot, settings, names, shared)
 
@@ -250,16 +250,16 @@ def explained(args, runs, rows):
     metrics = '; '.join(METRICS[name].meaning.replace('accuracy', 'error' if args.error else 'accuracy')
                         for name in args.metric)
     epochs = {'of the epoch chosen by validation' if one.chosen else 'of the last epoch' for one in runs}
-    yield (f'{metrics[0].upper()}{metrics[1:]}; {" or ".join(sorted(epochs, reverse=True))}: mean +- standard deviation '
-           'over n seeds.')
+    yield (f'{metrics[0].upper()}{metrics[1:]}; {" or ".join(sorted(epochs, reverse=True))}: mean +- standard '
+           'deviation over n seeds.')
     compared = [row['pairs'] for row in rows if row['pairs'] is not None]
     if not compared:
         return
     other = f'`{args.baseline}`' if args.baseline is not None else 'the same flags without a method'
     yield (f'Difference: to {other}, with Welch\'s 95% interval; paired difference: the mean over the seeds that both '
-           'have, with a 95% BCa bootstrap interval; p: two-sided, among all changes of the signs of these differences, '
-           'corrected for the rows of the table (Holm). Better or worse: the second interval excludes 0 and p is at '
-           'most 0.05.')
+           'have, with a 95% BCa bootstrap interval; p: two-sided, among all changes of the signs of these '
+           'differences, corrected for the rows of the table (Holm). Better or worse: the second interval excludes 0 '
+           'and p is at most 0.05.')
     if (needed := statistics.fewest_pairs(len(compared))) > max(compared):
         yield (f'With {max(compared)} seeds that both have, nothing can be shown for {len(compared)} '
                f'row{"s" * (len(compared) > 1)}, however large the difference; it takes {needed} seeds.')

@@ -1,5 +1,6 @@
 """What several test files share."""
 import io
+import json
 import pathlib
 import shlex
 import sys
@@ -14,6 +15,8 @@ from utils import datasets
 from utils.errors import UserError
 from utils.lab.landscape import Landscape
 from utils.run import Run
+
+ENVIRONMENT = {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}
 
 
 def refused(monkeypatch, capsys, tmp_path, flags):
@@ -107,6 +110,31 @@ def few_digits(patch, train, test, load=datasets.load):
     """Let every data set be so many of the digits."""
     patch.setattr(datasets, 'load', lambda name, root, part, *rest:
                   load('digits', None, part).subset(torch.arange(train if part == 'train' else test)))
+
+
+def write_run(folder, flags='', seed=1, curve=(40.0, 60.0, 50.0), top1=None, missing=(), args=None, result=None,
+              files=None):
+    """A run as cifar.py leaves it. missing: flags that this version did not have yet; the dicts replace what is
+    written.
+    """
+    read = vars(cifar.make_parser().parse_args(shlex.split(flags)))
+    given = {name: value for name, value in read.items() if name not in ('given', 'coef', *missing)} | {'seed': seed}
+    part = 'Val' if given.get('val_split') else 'Test'
+    settled = given | {'epochs': len(curve), 'lr': 0.1, 'schedule': [1], 'checkpoint': str(folder),
+                       'coef': read['coef']}
+    best = max(range(len(curve)), key=lambda index: (curve[index] == curve[index], curve[index]))
+    contents = {
+        'args.json': settled | {'as given': given, 'environment': ENVIRONMENT, 'network': {}} | (args or {}),
+        'result.json': {'epoch': len(curve), 'test loss': 1.0, 'test top-1': curve[-1] if top1 is None else top1,
+                        'best': {'top1': curve[best], 'epoch': best + 1}, 'parameters': 270000,
+                        'seconds per epoch': 2.5,
+                        'chosen by': 'validation' if part == 'Val' else 'last epoch'} | (result or {}),
+        'log.txt': f'Epoch\tLearning Rate\tTrain Loss\tTrain Top-1\t{part} Loss\t{part} Top-1\tSeconds\n'
+                   + ''.join(f'{epoch}\t0.1\t1.5\t30\t1.4\t{value:.6g}\t2.5\n' for epoch, value in enumerate(curve, 1))}
+    folder.mkdir(parents=True)
+    for name, content in {**contents, **(files or {})}.items():
+        if content is not None:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def toy_runs(**flags):

@@ -12,35 +12,9 @@ import pytest
 
 import cifar
 import compare
+from helpers import ENVIRONMENT, write_run
 from utils.errors import UserError
 from utils.lab import statistics
-
-ENVIRONMENT = {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}
-
-
-def write_run(folder, flags='', seed=1, curve=(40.0, 60.0, 50.0), top1=None, missing=(), args=None, result=None,
-              files=None):
-    """A run as cifar.py leaves it. missing: flags that this version did not have yet; the dicts replace what is
-    written.
-    """
-    read = vars(cifar.make_parser().parse_args(shlex.split(flags)))
-    given = {name: value for name, value in read.items() if name not in ('given', 'coef', *missing)} | {'seed': seed}
-    part = 'Val' if given.get('val_split') else 'Test'
-    settled = given | {'epochs': len(curve), 'lr': 0.1, 'schedule': [1], 'checkpoint': str(folder),
-                       'coef': read['coef']}
-    best = max(range(len(curve)), key=lambda index: (curve[index] == curve[index], curve[index]))
-    contents = {
-        'args.json': settled | {'as given': given, 'environment': ENVIRONMENT, 'network': {}} | (args or {}),
-        'result.json': {'epoch': len(curve), 'test loss': 1.0, 'test top-1': curve[-1] if top1 is None else top1,
-                        'best': {'top1': curve[best], 'epoch': best + 1}, 'parameters': 270000,
-                        'seconds per epoch': 2.5,
-                        'chosen by': 'validation' if part == 'Val' else 'last epoch'} | (result or {}),
-        'log.txt': f'Epoch\tLearning Rate\tTrain Loss\tTrain Top-1\t{part} Loss\t{part} Top-1\tSeconds\n'
-                   + ''.join(f'{epoch}\t0.1\t1.5\t30\t1.4\t{value:.6g}\t2.5\n' for epoch, value in enumerate(curve, 1))}
-    folder.mkdir(parents=True)
-    for name, content in {**contents, **(files or {})}.items():
-        if content is not None:
-            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def call(monkeypatch, *words):
@@ -56,7 +30,8 @@ def table(monkeypatch, capsys):
         printed = capsys.readouterr()
         rows = list(csv.DictReader(io.StringIO(printed.out)))
         assert len({row['setting'] for row in rows}) == len(rows) > 0
-        return {row['setting']: {name: float(value) if value and name not in ('all', 'setting') and name.split()[-1] != 'verdict' else value
+        words = ('all', 'setting', 'verdict')
+        return {row['setting']: {name: float(value) if value and name.split()[-1] not in words else value
                                  for name, value in row.items()} for row in rows}, printed.err
     return read
 

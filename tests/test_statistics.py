@@ -126,7 +126,7 @@ def test_the_fewest_pairs_that_can_show_anything(methods, pairs):
 
 
 def test_without_an_effect_tables_seldom_claim_anything():
-    """100 tables of five methods and ten seeds of pure chance: about 5 claim something, 12 would be a 1 in 300 event."""
+    """100 tables of five methods and ten seeds of pure chance: at most 5 should claim something, and 12 by bad luck."""
     generator, claims = np.random.default_rng(3), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, 'RESAMPLES', 499)

@@ -19,7 +19,8 @@ from utils.script import run_script
 def main():
     parser = Parser(prog='choose', usage='python -m utils.lab.choose DIR [DIR ...] [--markdown]',
                     description='The best of several trials by validation images.')
-    parser.add_argument('folders', nargs='+', type=file_path, metavar='DIR', help='a folder with a folder for each trial')
+    parser.add_argument('folders', nargs='+', type=file_path, metavar='DIR',
+                        help='a folder with a folder for each trial')
     parser.add_argument('--markdown', action='store_true', help='print a table of all trials')
     args = parser.parse_args()
     if args.markdown:

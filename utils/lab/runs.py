@@ -1,5 +1,5 @@
-"""Finished runs of cifar.py and imagenet.py, read from their folders: what was set, what came out, and whether the files
-are what the run wrote.
+"""Finished runs of cifar.py and imagenet.py, read from their folders: what was set, what came out, and whether the
+files are what the run wrote.
 """
 import importlib
 import math

@@ -3,8 +3,8 @@
 Two groups of runs are compared by Welch's interval. Runs of the same seed share their training images, initial weights
 and order of batches, so their differences are compared too, which is the sharper test where the seed draws the images:
 by a BCa bootstrap interval (Efron, JASA 1987) and an exact sign-flip test, which assumes only that a difference is as
-likely to be negative as positive if the method does nothing. Holm's correction (Scandinavian Journal of Statistics 1979)
-keeps the chance of any false claim in a table at 5%.
+likely to be negative as positive if the method does nothing. Holm's correction (Scandinavian Journal of Statistics
+1979) keeps the chance of any false claim in a table at 5%.
 """
 import statistics
 import warnings
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 def welch(values, baseline):
     """The difference of the means of two lists with Welch's interval; None if either has a single number.
 
-    (m1 - m2) -+ t_0.975(f) s with s^2 = s1^2 / n1 + s2^2 / n2 and f of Welch and Satterthwaite (Welch, Biometrika 1947).
+    (m1 - m2) -+ t_0.975(f) s with s^2 = s1^2 / n1 + s2^2 / n2 and f as in Welch (Biometrika 1947).
     """
     if min(len(values), len(baseline)) < 2:
         return None
@@ -87,7 +87,7 @@ def verdict(interval, p, higher_is_better):
 
 
 def fewest_pairs(methods):
-    """How many pairs can show anything where so many methods are corrected for: the least n with methods 2/2^n <= 5%."""
+    """How many pairs can show anything among so many methods: the least n with methods * 2 / 2^n <= 5%."""
     pairs = FEWEST_FOR_P
     while methods * 2 / 2 ** pairs > LEVEL:
         pairs += 1

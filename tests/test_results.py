@@ -1,0 +1,138 @@
+"""From finished runs to a table in a document: coefficients by validation, what is kept, what is printed."""
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from helpers import contents, write_run
+from utils.errors import UserError
+from utils.lab import choose, keep
+
+ROOT = pathlib.Path(__file__).parent.parent
+CLEAN = {'environment': {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}}
+
+
+@pytest.fixture
+def results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'scripts'))
+    return importlib.import_module('results')
+
+
+def call(monkeypatch, module, *words):
+    monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, words)])
+    module.main()
+
+
+# Coefficients by validation
+
+@pytest.fixture
+def trials(tmp_path):
+    """The first is better in its best epoch and on the test set, the second in its last epoch of validation."""
+    for name, coef, curve, top1 in (('dma-coef-0.1', 0.1, (70.0, 50.0), 99.0), ('dma-coef-1', 1, (40.0, 52.0), 20.0)):
+        for seed in (101, 102):
+            write_run(tmp_path / 'dma' / name / f'seed{seed}', f'--val-split 0.1 --method dma --dma-coef {coef}',
+                      seed=seed, curve=(curve[0], curve[1] + seed % 2), top1=top1)
+    return tmp_path / 'dma'
+
+
+def test_the_last_epoch_on_validation_images_chooses(trials, monkeypatch, capsys):
+    call(monkeypatch, choose, trials)
+    assert capsys.readouterr().out == 'dma-coef-1\n'
+    call(monkeypatch, choose, trials, '--markdown')
+    assert capsys.readouterr().out.splitlines()[2:] == ['| dma: dma-coef-0.1 | 2 | 50.50 +- 0.71 |  |',
+                                                        '| dma: dma-coef-1 | 2 | 52.50 +- 0.71 | chosen |']
+
+
+def test_a_trial_that_lacks_a_seed_is_not_chosen(trials, monkeypatch, capsys):
+    (trials / 'dma-coef-1/seed102/result.json').unlink()
+    call(monkeypatch, choose, trials)
+    printed = capsys.readouterr()
+    assert printed.out == 'dma-coef-0.1\n'
+    assert f'left out: {trials}/dma-coef-1 (no finished run of seed 102)' in printed.err
+
+
+def test_runs_without_validation_images_cannot_choose(trials, monkeypatch):
+    write_run(trials / 'other' / 'seed101', seed=101)
+    with pytest.raises(UserError, match='has no validation images, by which it could be chosen; it needs --val-split'):
+        call(monkeypatch, choose, trials)
+
+
+# What is kept
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'results'
+
+
+def test_three_files_of_a_finished_run_are_kept_at_its_place(kept, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / 'checkpoints/few/none/seed1', args=CLEAN, files={'checkpoint.pth.tar': 'x', 'log.png': 'x'})
+    write_run(tmp_path / 'elsewhere/run', args=CLEAN)
+    call(monkeypatch, keep, 'checkpoints', tmp_path / 'elsewhere')
+    assert capsys.readouterr().out == '2 runs are in results/\n'
+    found = contents(kept / 'few/none/seed1')
+    assert found.keys() == {'args.json', 'log.txt', 'result.json'}
+    assert found.items() <= contents(tmp_path / 'checkpoints/few/none/seed1').items()
+    assert sorted(path.name for path in (kept / 'run').iterdir()) == sorted(found)
+
+
+@pytest.mark.parametrize('what, change, words', [
+    ('unfinished', {'files': {'result.json': None}}, 'epoch 3 of 3, but no result.json'),
+    ('with changes', {'args': {'environment': {'commit': 'abc1234 with changes'}}}, 'commit the changes'),
+    ('no commit', {'args': {'environment': {'commit': None}}}, 'commit unknown'),
+    ('mixed', {'args': {**CLEAN, 'changes': ['after epoch 1: lr 0.1 -> 0.2']}}, 'lr 0.1 -> 0.2'),
+    ('damaged', {'args': {**CLEAN, 'check sum': '00000000'}}, 'args.json is not what the run wrote')])
+def test_what_nobody_could_repeat_is_refused(what, change, words, kept, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / 'checkpoints/a', **change)
+    write_run(tmp_path / 'checkpoints/b', args=CLEAN)
+    with pytest.raises(UserError, match='1 of 2 runs cannot be kept'):
+        call(monkeypatch, keep, 'checkpoints')
+    assert re.search(f'^refused: .*{re.escape(words)}', capsys.readouterr().err, re.MULTILINE)
+    assert [path.name for path in kept.iterdir()] == ['b']
+
+
+def test_the_script_keeps_a_run_named_from_anywhere(tmp_path):
+    write_run(tmp_path / 'runs/a', files={'result.json': None})
+    done = subprocess.run([ROOT / 'scripts/keep.sh', 'runs'], cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == '0 runs are in results/\n'
+    assert 'but no result.json' in done.stderr and done.stderr.endswith('error: 1 of 1 runs cannot be kept\n')
+
+
+# What is printed
+
+def test_every_table_of_the_document_is_what_the_runs_say(results):
+    tables = results.tables((ROOT / 'docs/results.md').read_text(encoding='utf-8'))
+    assert len(tables) >= 2
+    for words, shown in tables:
+        assert results.printed([word for word in words if word != '--plot' and not word.endswith('.png')]) == shown, words
+
+
+def test_a_table_is_printed_again_and_the_text_around_it_stays(results, monkeypatch, tmp_path, capsys):
+    document = tmp_path / 'doc.md'
+    command = '    python compare.py results/a \\\n        --markdown\n\n'
+    document.write_text(f'before\n\n{command}old\ntable\n<!-- end -->\nafter\n')
+    monkeypatch.setattr(results, 'printed', lambda words: f'| {" ".join(words)} |\n\n')
+    call(monkeypatch, results, document)
+    new = '| compare.py results/a --markdown |\n\n'
+    assert document.read_text() == f'before\n\n{command}{new}<!-- end -->\nafter\n'
+    assert capsys.readouterr().out == new
+    call(monkeypatch, results, document)
+    assert document.read_text().count('after') == 1
+    document.write_text('nothing')
+    with pytest.raises(SystemExit, match='has no table that a command of compare.py prints'):
+        call(monkeypatch, results, document)
+
+
+def test_every_kept_run_is_whole_and_of_a_commit():
+    """Of each run three files and no more, none with uncommitted changes; the number of runs of the first table."""
+    folders = {path.parent for path in (ROOT / 'results').rglob('*') if path.is_file()}
+    for folder in folders:
+        assert sorted(path.name for path in folder.iterdir()) == ['args.json', 'log.txt', 'result.json']
+        commit = json.loads((folder / 'args.json').read_text())['environment']['commit']
+        assert commit and 'changes' not in commit
+    assert len(folders) >= 132
