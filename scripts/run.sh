@@ -8,9 +8,9 @@
 #
 # From the environment: JOBS, how many runs are side by side (one for each core if all networks are small, otherwise
 # one); LIST=1, which prints the commands, one a line, and runs nothing; PYTHON, by default .venv/bin/python if it
-# exists; CUDA_VISIBLE_DEVICES, the GPU. A finished run is skipped whatever its flags were; an interrupted run is resumed,
-# and refused if its flags were others: use another OUT for other flags. Two scripts that run at the same time in one
-# OUT need different seeds or networks.
+# exists; CUDA_VISIBLE_DEVICES, the GPU. A finished run is skipped whatever its flags were; an interrupted run is
+# resumed, and refused if its flags were others: use another OUT for other flags. Two scripts that run at the same time
+# in one OUT need different seeds or networks.
 
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

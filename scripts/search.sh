@@ -84,7 +84,8 @@ for method in none $METHODS; do
     say "chosen: $method $trial"
     [ "$method" = none ] && common= || common=$plain
     for seed in $SEEDS; do
-        run "$OUT/table/$method/seed$seed" $recipe $common $(flags "$method" "$trial") --manualSeed "$seed" "${given[@]}"
+        run "$OUT/table/$method/seed$seed" $recipe $common $(flags "$method" "$trial") --manualSeed "$seed" \
+            "${given[@]}"
     done
 done
 OUT=$OUT/table

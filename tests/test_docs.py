@@ -101,7 +101,7 @@ def test_the_sharpness_benchmark_runs():
 # Files of a run, archives of data sets, and placeholders: named in the documents, not in the repository.
 ELSEWHERE = re.compile(r'DIR\b|FILE\b|RUN/|HOST|REPOSITORY|data/|checkpoints/|.*MNIST/raw/|.*\*|module:|log\.'
                        r'|confusion\.|args\.json|result\.json|skipped\.txt|.*\.pth\.tar|.*\.mat|.*\.tar\.gz'
-                       r'|train\.sbatch|curves\.png')
+                       r'|output\.txt|train\.sbatch|curves\.png')
 QUOTED = sorted({quoted for document in DOCUMENTS for quoted in re.findall(r'`([^`\n]+)`', document.read_text())})
 SOURCE = '\n'.join(path.read_text() for path in ROOT.rglob('*.py')
                    if not {'.venv', 'checkpoints', 'data'} & set(path.relative_to(ROOT).parts))
