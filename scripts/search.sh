@@ -7,7 +7,7 @@
 # 6 methods x 6 trials = 36 runs for each trial seed, then 6 runs for each seed, of 50 epochs.
 #
 #   scripts/search.sh [flags for every run]
-#   DATASET=digits METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
+#   DATASET=digits FRACTION=0.5 METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added; FRACTION of the training set; EPOCHS;
 # TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); PYTHON. More in
