@@ -165,6 +165,8 @@ def test_the_baseline_is_read_as_flags_are(tmp_path, table, monkeypatch):
     assert sorted(row['difference mean'] for row in rows.values() if row['difference mean'] != '') == [2, 3]
     with pytest.raises(UserError, match="--baseline '--method amp' fits no row; it can be one of: .none.; "):
         call(monkeypatch, tmp_path, '--baseline', '--method amp')
+    with pytest.raises(UserError, match='cannot be read as flags .No closing quotation'):
+        call(monkeypatch, tmp_path, '--baseline', '--method "amp')
 
 
 def test_runs_without_a_metric_are_named_and_left_out(metrics, table):

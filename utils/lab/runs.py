@@ -79,11 +79,15 @@ class Flags:
         return {name: hashable(value) for name, value in methods.setting(values).items()}
 
     def read(self, text):
-        """(the names of the flags that `text` gives, the setting that they make); the script's sentence if it has none
-        such.
+        """(the names of the flags that `text` gives, the setting that they make); ends with the script's sentence for a
+        flag that it does not have.
         """
         parser = importlib.import_module(SCRIPTS[self.script]).make_parser()
-        args = parser.parse_args(shlex.split(text), defaults={'resume': None})
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UserError(f'{text} cannot be read as flags ({error})') from error
+        args = parser.parse_args(words)
         methods.check_arguments(args, parser)  # gives --coef to the method that it means
         given = {f'{args.method[0]}_coef' if name == 'coef' and args.method else name for name in args.given}
         return given, self.setting({'as given': vars(args)})
