@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import urllib.request
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import datasets
+from utils import datasets, published
 from utils.batches import Batches, Split, crop_and_flip, mean_and_std
 from utils.errors import UserError
 
@@ -247,15 +248,85 @@ def test_cifar10_from_the_archive_in_data(cifar_archive):
     assert len(datasets.load('cifar10', str(root), 'test').images) == 4  # unpacked once is enough
 
 
+def files_of(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob('*')) if path.is_file()}
+
+
+def refused(name, root, part='train'):
+    """What is said of a set that is not taken, in one line; nothing below `root` changes."""
+    before = files_of(root)
+    with pytest.raises(UserError) as error:
+        datasets.load(name, str(root), part)
+    assert files_of(root) == before and not list(root.glob('.unfinished-*')) and '\n' not in str(error.value)
+    return str(error.value).replace(str(root), 'ROOT')
+
+
+def pack(root, source, kind='w:gz', folder='cifar-10-batches-py', leave_out=None):
+    with tarfile.open(root / 'cifar-10-python.tar.gz', kind) as archive:
+        for path in sorted(source.iterdir()):
+            if path.name != leave_out:
+                archive.add(path, f'{folder}/{path.name}')
+
+
+def test_the_images_of_cifar10_can_be_told_from_others(cifar_archive):
+    train, test = (datasets.load('cifar10', str(cifar_archive[0]), part) for part in ('train', 'test'))
+    assert datasets.fingerprint(train) != datasets.fingerprint(test)
+
+
+@pytest.mark.parametrize('kind, folder', [('w', './cifar-10-batches-py'), ('w:xz', '../..'), ('w:bz2', '/tmp')])
+def test_an_archive_that_was_packed_again_is_taken_and_nothing_lands_outside(kind, folder, cifar_archive, capsys):
+    root, source = cifar_archive
+    expected = datasets.fingerprint(datasets.load('cifar10', str(root), 'train'))
+    shutil.rmtree(root / 'cifar-10-batches-py')
+    pack(root, source, kind, folder)
+    before = {*files_of(root.parent)}
+    assert datasets.fingerprint(datasets.load('cifar10', str(root), 'train')) == expected
+    assert capsys.readouterr().out == (f'{root}/cifar-10-python.tar.gz: packed in another way than published; the '
+                                       'contents are the published ones\n')
+    assert {*files_of(root.parent)} - before == {f'data/cifar-10-batches-py/{path.name}' for path in source.iterdir()}
+
+
 def test_a_truncated_archive_is_named_and_left_alone(cifar_archive):
     root, _ = cifar_archive
     archive = root / 'cifar-10-python.tar.gz'
     archive.write_bytes(archive.read_bytes()[:-100])
-    before = archive.read_bytes()
-    with pytest.raises(UserError) as error:
-        datasets.load('cifar10', str(root), 'train')
-    assert 'cifar-10-python.tar.gz is there, but truncated or damaged' in str(error.value)
-    assert archive.read_bytes() == before and os.listdir(root) == ['cifar-10-python.tar.gz']
+    assert refused('cifar10', root).startswith('ROOT/cifar-10-python.tar.gz is not as cifar10 was published: ')
+
+
+def test_an_archive_with_a_changed_image_or_without_a_file_is_refused(cifar_archive):
+    root, source = cifar_archive
+    pack(root, source, leave_out='data_batch_3')
+    assert 'cifar-10-python.tar.gz is not as cifar10 was published: it has no data_batch_3; put the original there, ' \
+           'or remove it' in refused('cifar10', root)
+    content = bytearray((source / 'test_batch').read_bytes())
+    content[content.index(b'data') + 1000] ^= 1
+    (source / 'test_batch').write_bytes(content)
+    pack(root, source)
+    assert 'the MD5 sum of test_batch in it is ' in refused('cifar10', root, 'train')
+
+
+def test_unpacked_files_that_are_damaged_are_refused_or_unpacked_again(cifar_archive):
+    root, source = cifar_archive
+    expected = datasets.fingerprint(datasets.load('cifar10', str(root), 'train'))
+    damaged = root / 'cifar-10-batches-py/data_batch_2'
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert datasets.fingerprint(datasets.load('cifar10', str(root), 'train')) == expected
+    assert damaged.read_bytes() == (source / 'data_batch_2').read_bytes()
+    os.remove(root / 'cifar-10-python.tar.gz')
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert refused('cifar10', root).startswith('ROOT/cifar-10-batches-py is not as cifar10 was published: the MD5 sum '
+                                               'of data_batch_2 in it is ')
+
+
+def test_where_nothing_can_be_written_the_archive_is_read(cifar_archive, monkeypatch):
+    root, _ = cifar_archive
+
+    def refuse(*args, **options):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr('tempfile.mkdtemp', refuse)
+    assert len(datasets.load('cifar10', str(root), 'train').images) == 20
+    assert os.listdir(root) == ['cifar-10-python.tar.gz']
 
 
 @pytest.mark.parametrize('name, file', [('cifar10', 'cifar-10-python.tar.gz'), ('cifar100', 'cifar-100-python.tar.gz'),
@@ -270,27 +341,123 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(name, file, tmp_pa
     assert os.listdir(tmp_path / 'new') == []
 
 
-@pytest.mark.parametrize('compressed', [True, False])
-def test_mnist_and_fashion_mnist(tmp_path, monkeypatch, offline, compressed):
+@pytest.fixture
+def fashion(tmp_path, monkeypatch, offline):
+    """Fashion-MNIST's file names with other contents, 10,000 images to test and 6 to train; their sums are known."""
     images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
-    raw, resources = tmp_path / 'FashionMNIST/raw', []
-    raw.mkdir(parents=True)
-    for part in ('train', 't10k'):
-        for name, content in ((f'{part}-images-idx3-ubyte', struct.pack('>IIII', 2051, 6, 28, 28) + images.tobytes()),
-                              (f'{part}-labels-idx1-ubyte', struct.pack('>II', 2049, 6) + bytes([9, 0, 1, 2, 3, 4]))):
-            path = raw / (name + '.gz' if compressed else name)
-            path.write_bytes(gzip.compress(content) if compressed else content)
-            resources.append((name + '.gz', md5(path)))
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, 'resources', resources)
-    split = datasets.load('fashion-mnist', str(tmp_path), 'train')
+    contents = {
+        'train-images-idx3-ubyte': struct.pack('>IIII', 2051, 6, 28, 28) + images.tobytes(),
+        'train-labels-idx1-ubyte': struct.pack('>II', 2049, 6) + bytes([9, 0, 1, 2, 3, 4]),
+        't10k-images-idx3-ubyte': struct.pack('>IIII', 2051, 10000, 28, 28) + bytes(10000 * 28 * 28),
+        't10k-labels-idx1-ubyte': struct.pack('>II', 2049, 10000) + bytes(range(10)) * 1000}
+    monkeypatch.setitem(published.CONTENTS, 'FashionMNIST', {
+        name: hashlib.md5(content).hexdigest() for name, content in contents.items()})
+    packed = {f'{name}.gz': gzip.compress(content, 1, mtime=0) for name, content in contents.items()}
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, 'resources', [
+        (name, hashlib.md5(content).hexdigest()) for name, content in packed.items()])
+
+    def write(files, folder='data/FashionMNIST/raw'):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (tmp_path / folder / name).write_bytes(content)
+        return tmp_path / 'data'
+
+    return contents, packed, write
+
+
+@pytest.mark.parametrize('compressed', [True, False])
+@pytest.mark.parametrize('folder', ['data/FashionMNIST/raw', 'data'])
+def test_mnist_and_fashion_mnist(compressed, folder, fashion, capsys):
+    contents, packed, write = fashion
+    root = write(packed if compressed else contents, folder)
+    before = files_of(root)
+    split = datasets.load('fashion-mnist', str(root), 'train')
+    images = np.frombuffer(contents['train-images-idx3-ubyte'], np.uint8, offset=16).reshape(6, 28, 28)
     assert split.labels.tolist() == [9, 0, 1, 2, 3, 4] and split.images.shape == (6, 32, 32, 3)
     assert np.array_equal(split.images[:, 2:30, 2:30, 1].numpy(), images) and split.images[:, :2].max() == 0
-    (raw / 'train-images-idx3-ubyte').write_bytes((raw / 'train-images-idx3-ubyte').read_bytes()[:-100])
-    if compressed:  # unpacked again
-        assert torch.equal(datasets.load('fashion-mnist', str(tmp_path), 'train').images, split.images)
-    else:
-        with pytest.raises(UserError, match='fashion-mnist'):
-            datasets.load('fashion-mnist', str(tmp_path), 'train')
+    assert len(datasets.load('fashion-mnist', str(root), 'test').images) == 10000
+    assert capsys.readouterr().out == '' and files_of(root) == before
+
+
+def test_a_damaged_file_beside_a_sound_archive_is_not_read(fashion):
+    contents, packed, write = fashion
+    root = write(packed | {'train-images-idx3-ubyte': contents['train-images-idx3-ubyte'][:-100]})
+    images = datasets.load('fashion-mnist', str(root), 'train').images[:, 2:30, 2:30, 0]
+    assert images.numpy().tobytes() == contents['train-images-idx3-ubyte'][16:]
+
+
+def test_files_that_were_compressed_again_are_taken_with_one_sentence(fashion, capsys):
+    contents, _, write = fashion
+    root = write({f'{name}.gz': gzip.compress(content, 9) for name, content in contents.items()})
+    assert [len(datasets.load('fashion-mnist', str(root), part).labels) for part in ('train', 'test')] == [6, 10000]
+    assert capsys.readouterr().out == (f'{root}/FashionMNIST/raw: packed in another way than published; the contents '
+                                       'are the published ones\n')
+
+
+def changed(content, index=1000):
+    return content[:index] + bytes([content[index] ^ 1]) + content[index + 1:]
+
+
+@pytest.mark.parametrize('compressed', [True, False])
+@pytest.mark.parametrize('file, change, reason', [
+    ('t10k-images-idx3-ubyte', changed, 'the MD5 sum of its contents is '),
+    ('t10k-labels-idx1-ubyte', changed, 'the MD5 sum of its contents is '),
+    ('t10k-images-idx3-ubyte', lambda content: content[:-784], 'it holds 7839232 bytes, not 7840016'),
+    ('t10k-images-idx3-ubyte', lambda content: content[:7] + b'\x0f' + content[8:-784],
+     'its IDX header is 2051 9999 28 28, not 2051 10000 28 28'),
+    ('t10k-labels-idx1-ubyte', lambda content: b'text' + content[4:], 'its IDX header is 1952807028 10000, not 2049 '
+                                                                      '10000'),
+    ('t10k-labels-idx1-ubyte', lambda content: b'', 'its IDX header is 0 0, not 2049 10000')])
+def test_contents_that_were_not_published_are_refused(compressed, file, change, reason, fashion):
+    contents, packed, write = fashion
+    wrong = change(contents[file])
+    root = write(packed | {f'{file}.gz': gzip.compress(wrong, 1)} if compressed else contents | {file: wrong})
+    sentence = refused('fashion-mnist', root, 'test')
+    assert sentence.startswith(f'ROOT/FashionMNIST/raw/{file}{".gz" * compressed} is not as fashion-mnist was '
+                               f'published: {reason}')
+    assert len(datasets.load('fashion-mnist', str(root), 'train').labels) == 6  # whose files are sound
+
+
+@pytest.mark.parametrize('change', [lambda packed: packed[:-10], lambda packed: changed(packed, 60), lambda packed: b'',
+                                    lambda packed: b'<html>'])
+def test_a_damaged_archive_is_refused(change, fashion):
+    _, packed, write = fashion
+    file = 't10k-labels-idx1-ubyte.gz'
+    root = write(packed | {file: change(packed[file])})
+    assert refused('fashion-mnist', root, 'test').startswith(
+        f'ROOT/FashionMNIST/raw/{file} is not as fashion-mnist was published: ')
+
+
+def test_files_of_another_set_are_named(fashion, monkeypatch):
+    contents, _, write = fashion
+    monkeypatch.setitem(published.CONTENTS, 'MNIST', published.CONTENTS['FashionMNIST'] | {
+        't10k-labels-idx1-ubyte': hashlib.md5(changed(contents['t10k-labels-idx1-ubyte'])).hexdigest()})
+    root = write(contents | {'t10k-labels-idx1-ubyte': changed(contents['t10k-labels-idx1-ubyte'])})
+    assert 'was published: it is t10k-labels-idx1-ubyte of MNIST; ' in refused('fashion-mnist', root, 'test')
+
+
+def test_a_set_whose_download_breaks_leaves_what_is_there(fashion):
+    _, packed, write = fashion
+    root = write({'train-images-idx3-ubyte.gz': packed['train-images-idx3-ubyte.gz']})
+    assert 'connection reset' in refused('fashion-mnist', root)
+
+
+def test_a_download_fetches_what_is_missing(fashion, monkeypatch):
+    contents, packed, write = fashion
+    root = write({'train-images-idx3-ubyte.gz': packed['train-images-idx3-ubyte.gz']})
+    asked = []
+
+    def download(url, folder, file, md5):
+        asked.append(file)
+        with open(os.path.join(folder, file), 'wb') as target:
+            target.write(packed[file])
+
+    monkeypatch.setattr(torchvision.datasets.utils, 'download_url', download)
+    assert len(datasets.load('fashion-mnist', str(root), 'train').labels) == 6
+    assert len(datasets.load('fashion-mnist', str(root), 'test').labels) == 10000
+    assert sorted(asked) == sorted(packed.keys() - {'train-images-idx3-ubyte.gz'})
+    assert files_of(root) == {f'FashionMNIST/raw/{name}': content for name, content in packed.items()}
+    assert os.listdir(root) == ['FashionMNIST']
 
 
 def test_svhn(tmp_path, monkeypatch, offline):
@@ -301,3 +468,22 @@ def test_svhn(tmp_path, monkeypatch, offline):
     split = datasets.load('svhn', str(tmp_path), 'train')
     assert split.labels.tolist() == [0, 1, 2, 9] and len(split.classes) == 10  # the files call the digit 0 "10"
     assert np.array_equal(split.images[3].numpy(), images[..., 3])
+
+
+def test_svhn_that_was_saved_again_is_told_by_its_numbers(tmp_path, monkeypatch, offline, capsys):
+    def save(labels, **options):
+        images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, len(labels)), dtype=np.uint8)
+        scipy.io.savemat(tmp_path / 'train_32x32.mat', {'X': images, 'y': np.array(labels)[:, None]}, **options)
+        return images
+
+    monkeypatch.setitem(published.SVHN_COUNTS, 'train', [1, 2, 0, 0, 0, 0, 0, 0, 0, 1])
+    images = save([10, 1, 9, 1], do_compression=True)
+    split = datasets.load('svhn', str(tmp_path), 'train')
+    assert split.labels.tolist() == [0, 1, 9, 1] and np.array_equal(split.images[2].numpy(), images[..., 2])
+    assert capsys.readouterr().out == (f'{tmp_path}/train_32x32.mat: saved in another way than published; it has the '
+                                       'published number of each digit\n')
+    for labels in ([10, 1, 9], [10, 1, 9, 2]):
+        save(labels)
+        assert 'ROOT/train_32x32.mat is not as svhn was published: it has uint8 images ' in refused('svhn', tmp_path)
+    (tmp_path / 'train_32x32.mat').write_bytes((tmp_path / 'train_32x32.mat').read_bytes()[:5000])
+    assert 'it is no Matlab file with X and y' in refused('svhn', tmp_path)

@@ -1,10 +1,7 @@
-"""The data sets that cifar.py knows: listed, fetched, checked, read as uint8 images."""
+"""The data sets that cifar.py knows, read as uint8 images."""
 import argparse
 import os
 import re
-import shutil
-import socket
-import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from utils import memory, own_dataset
+from utils import memory, own_dataset, published
 from utils.batches import Split
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.files import digest
 from utils.image_files import check_alike, list_images, open_image, readers_quiet
 
-# torchvision and scikit-learn are imported where they are used: each takes a second or more, and no run needs all of
-# both.
+# scikit-learn is imported where it is used: it takes a second or more.
 
 
 class Known(NamedTuple):
@@ -99,7 +95,7 @@ def load(name, root, part, image_size=32, workers=4):
     elif name == 'folder':
         split = _folder(root, part, image_size, workers)
     else:
-        split = _torchvision(name, root, part)
+        split = published.load(name, DATASETS[name].source, root, part)
     return _checked(split, f'{name} ({part})')
 
 
@@ -169,79 +165,3 @@ def _folder(root, part, image_size, workers):
             raise
     files = [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths]
     return Split(torch.from_numpy(images), torch.tensor(labels), classes, digest(files))
-
-
-def _torchvision(name, root, part):
-    from torchvision import datasets
-
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise UserError(f'--data {root} is not a folder')
-    source = getattr(datasets, DATASETS[name].source)
-    which = {'split': part} if name == 'svhn' else {'train': part == 'train'}
-    data = _fetch(name, root, lambda folder, download: source(folder, download=download, **which),
-                  *_archives(name, source, part))
-    if name.startswith('cifar'):
-        return Split(torch.from_numpy(data.data), torch.tensor(data.targets), data.classes)
-    if name == 'svhn':
-        images = torch.from_numpy(data.data).permute(0, 2, 3, 1).contiguous()
-        return Split(images, torch.from_numpy(data.labels).long(), [str(digit) for digit in range(10)])
-    images = F.pad(data.data, (2, 2, 2, 2)).unsqueeze(3)  # 28x28 -> 32x32, black as the images' own margin
-    return Split(_three_channels(images), data.targets.long(), [name.split(' - ')[0] for name in data.classes])
-
-
-def _archives(name, source, part):
-    """(where it is downloaded from, [(path below --data, MD5 sum)]) of the files that `source` reads for a set."""
-    if name.startswith('cifar'):
-        return source.url, [(source.filename, source.tgz_md5)]
-    if name == 'svhn':
-        url, filename, md5 = source.split_list[part]
-        return url, [(filename, md5)]
-    return source.mirrors[0], [(os.path.join(source.__name__, 'raw', filename), md5) for filename,
-                               md5 in source.resources]
-
-
-def _fetch(name, root, make, url, archives):
-    """make(folder, download) on `root` if the set is there; otherwise unpack or download it first.
-
-    That happens in a temporary folder inside, so a start that is interrupted or fails leaves `root` as it was.
-    """
-    from torchvision.datasets.utils import check_integrity
-
-    try:
-        return make(root, False)
-    except RuntimeError:
-        pass  # torchvision's word for: not there, or not whole
-    except Exception as error:
-        raise UserError(f'the {name} files in {root} are damaged ({one_line(error)}); '
-                        'remove them and start again') from error
-    damaged = [path for path, md5 in archives
-               if os.path.exists(os.path.join(root, path)) and not check_integrity(os.path.join(root, path), md5)]
-    patience = socket.getdefaulttimeout()
-    try:
-        os.makedirs(root, exist_ok=True)
-        socket.setdefaulttimeout(30)
-        with tempfile.TemporaryDirectory(dir=root, prefix='.unfinished-') as work:
-            for path, _ in archives:
-                if os.path.exists(os.path.join(root, path)) and path not in damaged:
-                    os.makedirs(os.path.dirname(os.path.join(work, path)), exist_ok=True)
-                    os.symlink(os.path.abspath(os.path.join(root, path)), os.path.join(work, path))
-            make(work, True)
-            _move_into(work, root)
-    except Exception as error:  # whatever failed in there, the user is told the same three things
-        where = ' and '.join(os.path.join(root, path) for path, _ in archives)
-        broken = f' ({", ".join(damaged)} is there, but truncated or damaged)' if damaged else ''
-        raise UserError(f'{name} is not in {root}, or not whole{broken}, and downloading it from {url} failed '
-                        f'({one_line(error)}); put the original at {where}, or run "python cifar.py --dataset digits", '
-                        'which needs no download') from error
-    finally:
-        socket.setdefaulttimeout(patience)
-    return make(root, False)
-
-
-def _move_into(work, root):
-    for folder, _, files in os.walk(work):
-        target = os.path.join(root, os.path.relpath(folder, work))
-        os.makedirs(target, exist_ok=True)
-        for file in files:
-            if not os.path.islink(os.path.join(folder, file)):
-                shutil.move(os.path.join(folder, file), os.path.join(target, file))
