@@ -32,6 +32,8 @@ def make_parser():
                        help='threads that read a folder, processes that transform single images (4, or all processors)')
     group.add_argument('--image-size', type=bounded(int, 32), default=32, metavar='N',
                        help='side of the images of a folder or of a data set of your own (32)')
+    group.add_argument('--no-cache', action='store_true',
+                       help='neither keep decoded images of a folder in DIR/.decoded nor read them there')
     conditions.add_arguments(group)
     group = parser.add_argument_group('augmentation: by default a random crop, and mirroring unless it is digits')
     group.add_argument('--no-augment', action='store_true', help='images as they are')
@@ -67,6 +69,8 @@ def parse_arguments():
     args, state = resume.read_arguments(parser, 'cifar.py', run_folder)
     if 'image_size' in args.given and not datasets.has_images_of_any_size(args.dataset):
         parser.error(f'--image-size is for --dataset folder or module:Class, not {args.dataset}')
+    if args.no_cache and args.dataset != 'folder':
+        parser.error(f'--no-cache is for --dataset folder, not {args.dataset}')
     if args.dataset == 'digits' and 'data' in args.given:
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     conditions.check_arguments(args, parser)
@@ -204,7 +208,7 @@ def uses_workers(args, model):
 
 def load_split(args, state, part):
     """The 'train' or 'test' part of the data; UserError if it is not what the checkpoint `state` was trained with."""
-    split = datasets.load(args.dataset, args.data, part, args.image_size, args.workers)
+    split = datasets.load(args.dataset, args.data, part, args.image_size, args.workers, not args.no_cache)
     classes = state.get('classes', split.classes)
     if split.classes != classes:
         raise UserError(f'{args.resume} knows the classes {" ".join(classes[:10])}, but {args.dataset} has '

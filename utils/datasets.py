@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from utils import memory, own_dataset, published
+from utils import decoded, memory, own_dataset, published
 from utils.batches import Split
 from utils.errors import UserError
 from utils.files import digest
@@ -82,10 +83,11 @@ def describe(name, root, image_size=32, workers=4):
     return Known(len(classes), len(paths), True)
 
 
-def load(name, root, part, image_size=32, workers=4):
+def load(name, root, part, image_size=32, workers=4, cache=True):
     """One part ('train' or 'test') of a data set as a `Split` of square RGB images; UserError if it is not sound.
 
-    A data set of one's own is a `LazySplit` where it is too large for memory.
+    A data set of one's own is a `LazySplit` where it is too large for memory. cache: keep the decoded images of a folder
+    beside it, and read them from there.
     """
     if own_dataset.is_own(name):
         split = _read.pop((name, root, part, image_size), None)
@@ -93,7 +95,7 @@ def load(name, root, part, image_size=32, workers=4):
     elif name == 'digits':
         split = _digits(part)
     elif name == 'folder':
-        split = _folder(root, part, image_size, workers)
+        split = _folder(root, part, image_size, workers, cache)
     else:
         split = published.load(name, DATASETS[name].source, root, part)
     return _checked(split, f'{name} ({part})')
@@ -145,7 +147,7 @@ def _three_channels(images):
     return images.expand(-1, -1, -1, 3).contiguous()
 
 
-def _folder(root, part, image_size, workers):
+def _folder(root, part, image_size, workers, cache):
     paths, labels, classes = _listed.pop((root, part), None) or list_images(root, part, PARTS)
 
     def read(path):
@@ -155,13 +157,19 @@ def _folder(root, part, image_size, workers):
         except ValueError as error:
             raise UserError(f'{path} cannot be read as an image ({error}); mend or remove it') from error
 
-    images = np.empty((len(paths), image_size, image_size, 3), dtype=np.uint8)
-    with readers_quiet(), ThreadPoolExecutor(workers) as pool:
-        try:
-            for index, image in enumerate(pool.map(read, paths)):
-                images[index] = image
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # a bad image, or Ctrl-C, does not wait for the rest
-            raise
-    files = [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths]
+    def decode():
+        images = np.empty((len(paths), image_size, image_size, 3), dtype=np.uint8)
+        with readers_quiet(), ThreadPoolExecutor(workers) as pool:
+            try:
+                for index, image in enumerate(pool.map(read, paths)):
+                    images[index] = image
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # a bad image, or Ctrl-C, does not wait for the rest
+                raise
+        return images
+
+    names, found = [os.path.relpath(path, root) for path in paths], [os.stat(path) for path in paths]
+    files = [(name, status.st_size) for name, status in zip(names, found)]
+    key = digest([image_size, PIL.__version__, files, [status.st_mtime_ns for status in found]])
+    images = decoded.kept(root, f'{part}-{image_size}', key, decode) if cache else decode()
     return Split(torch.from_numpy(images), torch.tensor(labels), classes, digest(files))

@@ -40,6 +40,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('dataset',          True,                ASKED,      True),
     ('data',             True,                FREE,       True),  # compare.py ignores it where the data set has a name
     ('workers',          False,               FREE,       True),
+    ('no_cache',         False,               START,      True),
     ('image_size',       True,                ASKED,      True),
     ('resize',           True,                ASKED,      True),
     ('strict',           False,               ASKED,      True),
