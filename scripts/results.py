@@ -6,6 +6,7 @@ A table follows the command that prints it, an indented line `python compare.py 
 `python -m utils.lab.choose results/... --markdown`, and ends with the comment <!-- end -->. What is between them is
 replaced by what the command prints, which also appears on the terminal.
 """
+import glob
 import os
 import pathlib
 import re
@@ -25,7 +26,8 @@ def tables(text):
 
 def printed(words):
     """What a command prints, in Markdown."""
-    result = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, capture_output=True,
+    expanded = [path for word in words for path in sorted(glob.glob(word, root_dir=ROOT)) or [word]]  # as a shell does
+    result = subprocess.run([sys.executable, *expanded], cwd=ROOT, text=True, capture_output=True,
                             env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
     if result.returncode:
         sys.exit(f'error: python {shlex.join(words)} ended with status {result.returncode}: {result.stderr.strip()}')

@@ -86,8 +86,8 @@ def describe(name, root, image_size=32, workers=4):
 def load(name, root, part, image_size=32, workers=4, cache=True):
     """One part ('train' or 'test') of a data set as a `Split` of square RGB images; UserError if it is not sound.
 
-    A data set of one's own is a `LazySplit` where it is too large for memory. cache: keep the decoded images of a folder
-    beside it, and read them from there.
+    A data set of one's own is a `LazySplit` where it is too large for memory. cache: keep the decoded images of a
+    folder beside it, and read them from there.
     """
     if own_dataset.is_own(name):
         split = _read.pop((name, root, part, image_size), None)
