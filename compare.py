@@ -43,7 +43,8 @@ def parse_arguments():
     group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
                                                           'stderr')
     parser.add_argument('--plot', type=file_path, metavar='FILE',
-                        help='draw top-1 accuracy over epochs into a .png or .pdf')
+                        help='draw into a .png or .pdf: top-1 accuracy over epochs, or of runs that were tested once the '
+                             'differences with their intervals')
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
@@ -82,7 +83,9 @@ def main():
         print(*explained(args, runs, rows), sep=between, end=between)
     used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
     print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep=between, file=notes)
-    if args.plot:
+    if args.plot and all(len(one.curve) == 1 for one in runs):
+        plot_differences(args, rows)
+    elif args.plot:
         plot(args.plot, settings, names, shared)
 
 
@@ -303,6 +306,29 @@ def plot(path, settings, names, shared):
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', fontsize='small')
     save_figure(figure, path)
+
+
+def plot_differences(args, rows):
+    """Draw each row's paired difference with its interval, one panel for each metric; filled where it is a verdict."""
+    from matplotlib.figure import Figure
+
+    compared = [row for row in rows if row['pairs'] is not None]
+    figure = Figure(figsize=(4 + 4 * len(args.metric), 1.5 + 0.5 * len(compared)), layout='constrained')
+    panels = figure.subplots(1, len(args.metric), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, args.metric):
+        label = prefix(metric, args)
+        for height, row in enumerate(reversed(compared)):
+            if interval := row[f'{label}paired difference']:
+                mean, low, high = interval
+                filled = row[f'{label}verdict'] != 'not shown'
+                axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt='o', capsize=4, color='C0',
+                              markerfacecolor='C0' if filled else 'white')
+        axes.axvline(0, color='grey', linewidth=1)
+        names = [drawn(row['setting'][:50]) for row in reversed(compared)]
+        axes.set_yticks(range(len(compared)), names, fontsize='small')
+        axes.set_xlabel(f'difference in {METRICS[metric].column}')
+        axes.grid(axis='x', alpha=0.3)
+    save_figure(figure, args.plot)
 
 
 if __name__ == '__main__':

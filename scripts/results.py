@@ -4,7 +4,8 @@
 
 A table follows the command that prints it, an indented line `python compare.py results/... --markdown` or
 `python -m utils.lab.choose results/... --markdown`, and ends with the comment <!-- end -->. What is between them is
-replaced by what the command prints, which also appears on the terminal.
+replaced by what the command prints, which also appears on the terminal. A picture is drawn by an indented line
+`python compare.py results/... --plot FILE`.
 """
 import glob
 import os
@@ -15,8 +16,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-TABLE = re.compile(r'(^    python ((?:compare\.py|-m utils\.lab\.choose) results/.*?[^\\])\n\n)(.*?)(^<!-- end -->$)',
-                   re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r'(^    python ((?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown)\n\n)'
+                   r'(.*?)(^<!-- end -->$)', re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r'^    python (compare\.py results/(?:[^\n]|\\\n)*? --plot \S+)$', re.MULTILINE)
 
 
 def tables(text):
@@ -41,6 +43,8 @@ def main():
             sys.exit(f'error: {path} has no table that a command of compare.py prints')
         outputs = [printed(words) for words, _ in tables(text)]
         print(*outputs, sep='\n', end='')
+        for command in PICTURE.findall(text):
+            printed(shlex.split(command.replace('\\\n', ' ')))
         new = iter(outputs)
         path.write_text(TABLE.sub(lambda match: match[1] + next(new) + match[4], text), encoding='utf-8')
 

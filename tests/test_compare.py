@@ -135,6 +135,22 @@ def test_each_metric_has_its_columns_and_verdict(metrics, table):
     assert amp['ECE verdict'] == 'not shown'
 
 
+def test_runs_that_were_tested_once_are_drawn_as_intervals(tmp_path, monkeypatch):
+    for seed in range(8):
+        for flags, value in (('', 50.0 + seed), ('--method amp', 51.0 + seed + 0.01 * seed)):
+            write_run(tmp_path / f'{flags[9:]}{seed}', flags, seed=seed, curve=(value,), result={'test loss': value})
+    figures = []
+    monkeypatch.setattr(compare, 'save_figure', lambda figure, path: figures.append(figure))
+    call(monkeypatch, tmp_path, '--metric', 'top1', 'loss', '--plot', tmp_path / 'intervals.png')
+    panels = figures[0].axes
+    assert [axes.get_xlabel() for axes in panels] == ['difference in top-1', 'difference in loss']
+    interval = statistics.paired([51.0 + seed + 0.01 * seed - (50.0 + seed) for seed in range(8)])
+    point, _, (bar,) = panels[0].containers[0]
+    assert point.get_xdata() == pytest.approx([interval.mean]) and point.get_markerfacecolor() == 'C0'
+    assert bar.get_segments()[0][:, 0] == pytest.approx(interval[1:])
+    assert panels[0].get_yticklabels()[0].get_text() == '--method amp'
+
+
 def test_error_turns_accuracies_around_and_no_verdict(metrics, table, monkeypatch, capsys):
     accuracy, _ = table(metrics, '--metric', 'top1', 'loss')
     error, _ = table(metrics, '--metric', 'top1', 'loss', '--error')

@@ -109,7 +109,6 @@ def test_every_table_of_the_document_is_what_the_runs_say(results):
     tables = results.tables((ROOT / 'docs/results.md').read_text(encoding='utf-8'))
     assert len(tables) >= 2
     for words, shown in tables:
-        words = [word for word in words if word != '--plot' and not word.endswith('.png')]
         assert results.printed(words) == shown, words
 
 
