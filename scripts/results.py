@@ -26,10 +26,14 @@ def tables(text):
     return [(shlex.split(command.replace('\\\n', ' ')), shown) for _, command, shown, _ in TABLE.findall(text)]
 
 
+def expanded(words):
+    """Words with * replaced by the paths that fit, as a shell does."""
+    return [path for word in words for path in sorted(glob.glob(word, root_dir=ROOT)) or [word]]
+
+
 def printed(words):
     """What a command prints, in Markdown."""
-    expanded = [path for word in words for path in sorted(glob.glob(word, root_dir=ROOT)) or [word]]  # as a shell does
-    result = subprocess.run([sys.executable, *expanded], cwd=ROOT, text=True, capture_output=True,
+    result = subprocess.run([sys.executable, *expanded(words)], cwd=ROOT, text=True, capture_output=True,
                             env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
     if result.returncode:
         sys.exit(f'error: python {shlex.join(words)} ended with status {result.returncode}: {result.stderr.strip()}')

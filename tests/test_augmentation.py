@@ -326,7 +326,7 @@ def test_a_models_own_transforms_are_used_in_training_and_testing(model, monkeyp
     call(monkeypatch, model)
     train, test = WithTransforms.read()
     assert train.shape == (40, 3, 32, 32) and (train == 1).all()
-    assert test.shape == (80, 3, 32, 32) and (test == 2).all()  # after the epoch, and for the result
+    assert test.shape == (40, 3, 32, 32) and (test == 2).all()  # after the epoch, which is the result too
     call(monkeypatch, f'-e --resume {tmp_path}/run/checkpoint.pth.tar')
     assert WithTransforms.read()[0] is None
     call(monkeypatch, f'-e --resume {tmp_path}/run/checkpoint.pth.tar')

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A small network with dropout, so that PyTorch's own random state matters, on data that needs no download.
 RUN = '--dataset digits --arch densenet --depth 10 --growthRate 4 --drop 0.2 --method dma --epochs 4 ' \
       '--lr-schedule cosine ' \
-      '--train-fraction 0.4 --manualSeed 123 --deterministic'
+      '--train-fraction 0.2 --test-every 1 --manualSeed 123 --deterministic'
 
 
 def start(flags, **options):

@@ -65,6 +65,7 @@ def test_the_readmes_own_method_trains_beside_dma(monkeypatch, tmp_path):
     losses = []
     for coef in (0, 5):
         flags = '-d digits --depth 8 --epochs 1 --manualSeed 0 --method dma confidence --dma-coef 0.5 '
+        flags += '--train-fraction 0.3 --train-batch 32 '
         flags += f'--confidence-coef {coef}'
         monkeypatch.setattr(sys, 'argv', ['cifar.py', *flags.split(), '-c', f'{tmp_path}/{coef}'])
         cifar.main()

@@ -42,7 +42,7 @@ def photographs(tmp_path_factory):
 
 def test_help_training_and_measuring(photographs, tmp_path):
     scripts = [path.name for path in ROOT.glob('*.py') if 'Parser(prog' in path.read_text()]
-    short = '--epochs 1 --train-batch 500 -d digits --arch lenet'
+    short = '--epochs 1 --train-batch 100 --train-fraction 0.1 -d digits --arch lenet'
     first, second = tmp_path / 'first', tmp_path / 'second'
     result = run([
         *(f'{script} --help' for script in scripts),
