@@ -43,8 +43,8 @@ def parse_arguments():
     group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
                                                           'stderr')
     parser.add_argument('--plot', type=file_path, metavar='FILE',
-                        help='draw into a .png or .pdf: top-1 accuracy over epochs, or of runs that were tested once the '
-                             'differences with their intervals')
+                        help='draw into a .png or .pdf: top-1 accuracy over epochs, or of runs that were tested once '
+                             'the differences with their intervals')
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
