@@ -8,10 +8,12 @@ status: 0, 1 if a run failed, 130 or 143 if it was stopped.
 """
 import os
 import pathlib
+import queue
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 STOPPED = (130, 143)  # exit statuses after SIGINT and SIGTERM
@@ -54,6 +56,7 @@ class Jobs:
     def __init__(self, commands, side_by_side):
         self.waiting, self.side_by_side = list(commands), side_by_side
         self.running, self.done, self.failed = {}, 0, []  # running: a process -> its folder
+        self.ended = queue.SimpleQueue()  # of processes
         self.began = time.monotonic()
         self.environment = {'OMP_NUM_THREADS': str(max(1, cores() // side_by_side)), **os.environ}
 
@@ -63,11 +66,10 @@ class Jobs:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < self.side_by_side:
                     self.start(self.waiting.pop(0))
-                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # until one of them has ended
-                for process in [each for each in self.running if each.poll() is not None]:
-                    if (status := process.returncode) in STOPPED:
-                        return self.end(signal.SIGTERM, status)
-                    self.count(self.running.pop(process), status)
+                process = self.ended.get()  # waits for one
+                if process.returncode in STOPPED:
+                    return self.end(signal.SIGTERM, process.returncode)
+                self.count(self.running.pop(process), process.returncode)
         except Stop as stop:
             # Ctrl-C has reached the runs as well, as they are of the same terminal.
             return self.end(signal.SIGTERM if stop.args[0] == signal.SIGTERM else 0, 128 + stop.args[0])
@@ -82,11 +84,16 @@ class Jobs:
         output = None
         if self.side_by_side > 1:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-            output = open(pathlib.Path(folder, 'output.txt'), 'w', encoding='utf-8')
+            output = open(pathlib.Path(folder, 'output.txt'), 'a', encoding='utf-8')
         process = subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         if output:
             output.close()
         self.running[process] = folder
+        threading.Thread(target=self.wait, args=[process], daemon=True).start()
+
+    def wait(self, process):
+        process.wait()
+        self.ended.put(process)
 
     def count(self, folder, status):
         """Count a run that has ended, and say how far all of them are."""
