@@ -2,14 +2,15 @@
 
 The name means at least three losses. y is the target, s the logits, K the number of classes:
 
-    one-vs-all       sum_j max(0, 1 - sigma_j s_j),  sigma_y = 1, otherwise -1     Caffe's HingeLoss, used in the code of
-                                                                                   L-Softmax (arXiv 1612.02295)
-    crammer-singer   max(0, 1 + max_(j != y) s_j - s_y)                            Crammer and Singer, JMLR 2001; Tang,
-                                                                                   arXiv 1306.0239, compares such losses
-    weston-watkins   1/K sum_(j != y) max(0, 1 + s_j - s_y)                        Weston and Watkins, ESANN 1999; the
-                                                                                   1/K is that of nn.MultiMarginLoss
+    one-vs-all       sum_j max(0, 1 - sigma_j s_j), where sigma_y = 1 and otherwise -1
+    crammer-singer   max(0, 1 + max_(j != y) s_j - s_y)
+    weston-watkins   1/K sum_(j != y) max(0, 1 + s_j - s_y)
 
     loss = mean over the batch; with squared=True each max(0, .) is squared
+
+One-vs-all is Caffe's HingeLoss, in which the code of L-Softmax (arXiv 1612.02295) was written; Tang (arXiv 1306.0239)
+trains networks with its square. Crammer and Singer, JMLR 2001. Weston and Watkins, ESANN 1999, without the 1/K, which
+is that of nn.MultiMarginLoss.
 
 The losses depend on the scale of the logits: cosines cannot all keep a margin of 1.
 

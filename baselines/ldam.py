@@ -30,8 +30,7 @@ def ldam_loss(logits, targets, class_counts, max_margin=0.5, scale=30.0, weight=
     of at least 1. max_margin: at least 0. scale: above 0. weight: (K,), of at least 0, or None for 1.
     Computed in float32 at least. Raises ValueError for an option out of range or a wrong number of classes.
     """
-    if not 0 < scale < math.inf:
-        raise ValueError(f'scale must be a number above 0, was given {scale}')
+    check_scale(scale)
     margins = class_margins(class_counts, max_margin)
     weight = torch.ones_like(margins) if weight is None else torch.as_tensor(weight)
     if not logits.shape[-1:] == margins.shape == weight.shape:
@@ -79,6 +78,11 @@ def whole_counts(class_counts):
     return counts
 
 
+def check_scale(scale):
+    if not 0 < scale < math.inf:
+        raise ValueError(f'scale must be a number above 0, was given {scale}')
+
+
 class NormalizedLinear(nn.Linear):
     """A linear layer without bias that returns scale * cosine, (batch, out_features), in training and in evaluation.
 
@@ -87,8 +91,7 @@ class NormalizedLinear(nn.Linear):
     """
 
     def __init__(self, in_features, out_features, scale=30.0):
-        if not 0 < scale < math.inf:
-            raise ValueError(f'scale must be a number above 0, was given {scale}')
+        check_scale(scale)
         super().__init__(in_features, out_features, bias=False)
         self.scale = scale
 
@@ -146,6 +149,7 @@ class LDAMTerm:
     def __init__(self, class_counts, num_classes, max_margin, scale, deferred, beta):
         if not 0 <= deferred <= 1:
             raise ValueError(f'--deferred must be between 0 and 1, was given {deferred}')
+        check_scale(scale)
         margins, weights = class_margins(class_counts, max_margin), deferred_weights(class_counts, beta)
         if len(margins) != num_classes:
             raise ValueError(f'class_counts must have {num_classes} numbers, one for each class, '

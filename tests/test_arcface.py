@@ -271,7 +271,7 @@ def test_flags():
     arcface.add_arguments(parser)
     layer = arcface.head(parser.parse_args([]))(4, 3)
     assert (layer.scale, layer.angular_margin, layer.cosine_margin) == (30.0, 0.5, 0.0) and layer.bias is None
-    layer = arcface.head(parser.parse_args('--scale 16 --angular-margin 0 --cosine-margin 0.35'.split()))(4, 3)
+    layer = arcface.head(parser.parse_args(['--scale=16', '--angular-margin=0', '--cosine-margin=0.35']))(4, 3)
     assert (layer.scale, layer.angular_margin, layer.cosine_margin) == (16.0, 0.0, 0.35)
 
 
