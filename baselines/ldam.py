@@ -62,8 +62,7 @@ def deferred_weights(class_counts, beta=0.9999):
     if not 0 <= beta < 1:
         raise ValueError(f'beta must be at least 0 and below 1, was given {beta}')
     counts = whole_counts(class_counts)
-    # The constant factor 1 - beta cancels; expm1 does not round where beta^n is near 1.
-    weights = -1 / torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())
+    weights = 1 / (1 - beta ** counts)  # the factor 1 - beta, the same for every class, cancels
     return weights * (len(weights) / weights.sum())
 
 

@@ -133,7 +133,7 @@ def test_weights():
         close(weights, weights_oracle(counts, beta))
     assert torch.equal(deferred_weights(counts, 0.0), torch.ones(4, dtype=torch.float64))
     assert deferred_weights([7], 0.9).tolist() == [1.0]
-    # For beta near 1 the weights approach 1 / count, which 1 - beta^n would round.
+    # For beta near 1 the weights approach 1 / count.
     inverse = 1 / np.array(counts)
     close(deferred_weights(counts, 1 - 1e-13), 4 * inverse / inverse.sum())
 
