@@ -38,28 +38,39 @@ class AMP(torch.optim.Optimizer):
     original code.
     local: each process of torch.distributed climbs along the gradient of its local batch, which saves averaging it;
     only the last gradient is averaged. `local_pass` tells the closure when it need not average.
+    climb_fraction: above 0 and at most 1, the share of each batch, its first images, along whose gradient it climbs.
+    `pass_fraction` tells the closure the share that the pass is over.
 
     Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
-    Every option except `perturbation`, `buffers` and `local` can be set per parameter group. Parameter groups and
-    state are the base optimizer's, so schedulers and state_dict work as usual. All parameters are on one device, and
-    their gradients are dense.
+    epsilon, inner_lr and inner_iter can be set per parameter group. Parameter groups and state are the base
+    optimizer's, so schedulers and state_dict work as usual. All parameters are on one device, and their gradients are
+    dense.
     """
 
     def __init__(self, params, lr, epsilon, inner_lr=1.0, inner_iter=1, perturbation='tensor', buffers=(), local=False,
-                 base_optimizer=torch.optim.SGD, **options):
+                 climb_fraction=1.0, base_optimizer=torch.optim.SGD, **options):
         if perturbation not in ('tensor', 'global'):
             raise ValueError(f"perturbation must be 'tensor' or 'global', was given {perturbation!r}")
-        check_base_optimizer('AMP', base_optimizer)
-        super().__init__(params, {'lr': lr, 'epsilon': epsilon, 'inner_lr': inner_lr, 'inner_iter': inner_iter})
+        self.perturbation = perturbation
+        self._wrap(base_optimizer, options, params, buffers, local, climb_fraction,
+                   {'lr': lr, 'epsilon': epsilon, 'inner_lr': inner_lr, 'inner_iter': inner_iter})
         for group in self.param_groups:
             for name in ('epsilon', 'inner_lr'):
                 if not 0 <= group[name] < math.inf:
                     raise ValueError(f'{name} must be a number of at least 0, was given {group[name]}')
             if not isinstance(group['inner_iter'], int) or group['inner_iter'] < 0:
                 raise ValueError(f'inner_iter must be a whole number of at least 0, was given {group["inner_iter"]}')
-        self.base_optimizer = base_optimizer(self.param_groups, lr=lr, **options)
+
+    def _wrap(self, base_optimizer, options, params, buffers, local, climb_fraction, defaults):
+        """defaults: the options of parameter groups that do not set them."""
+        check_base_optimizer(type(self).__name__, base_optimizer)
+        if not 0 < climb_fraction <= 1:
+            raise ValueError(f'climb_fraction must be a number above 0 and at most 1, was given {climb_fraction}')
+        super().__init__(params, defaults)
+        self.base_optimizer = base_optimizer(self.param_groups, lr=defaults['lr'], **options)
         self.defaults.update(self.base_optimizer.defaults)
-        self.perturbation, self.local, self.local_pass = perturbation, local, False
+        self.local, self.local_pass = local, False
+        self.climb_fraction, self.pass_fraction = climb_fraction, 1.0
         by_dtype = {}  # because one kernel launch handles one dtype
         for buffer in buffers:
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -77,38 +88,52 @@ class AMP(torch.optim.Optimizer):
             group.update({**self.defaults, **group})
 
     def __getstate__(self):
-        return {**super().__getstate__(), 'base_optimizer': self.base_optimizer, 'perturbation': self.perturbation,
-                'buffers': self.buffers, 'local': self.local, 'local_pass': False}
+        own = {name: value for name, value in vars(self).items() if not name.startswith('_')}
+        return {**own, **super().__getstate__(), 'local_pass': False, 'pass_fraction': 1.0}
 
     @torch.no_grad()
     def step(self, closure):
-        """Algorithm 1; returns what the first call of `closure` returned, which is the pass at theta.
+        """Algorithm 1; returns what the first call of `closure` over the whole batch returned: with climb_fraction 1
+        the pass at theta, otherwise the last pass.
 
         closure() clears the gradients, computes the loss, calls backward and returns anything. It is called
-        1 + inner_iter times. If it raises, the weights stay as they were. If the length of a gradient is infinite or
-        NaN, and inner_iter is not 0, the weights stay too, and the base optimizer's state is as after a gradient of 0.
-        A parameter without a gradient in one of the passes takes no part in the step.
+        1 + inner_iter times, or once where all radii are 0. If it raises, the weights stay as they were. If the length
+        of a gradient is infinite or NaN, and it is called more than once, the weights stay too, and the base
+        optimizer's state is as after a gradient of 0. A parameter without a gradient in one of the passes takes no
+        part in the step.
         """
-        closure = torch.enable_grad()(closure)
-        inner_iter = max(group['inner_iter'] for group in self.param_groups)
-        self.local_pass = self.local and inner_iter > 0
-        result = closure()                                                  # the gradient at theta
-        groups = [(group, [p for p in group['params'] if p.grad is not None]) for group in self.param_groups]
-        groups = [(group, params) for group, params in groups if params]
-        if inner_iter == 0 or not groups:
-            self.base_optimizer.step()
-            return result
+        return self._step(torch.enable_grad()(closure))
 
-        deltas = None
-        with self._guarded([p for _, params in groups for p in params]) as (move, back):
-            for index in range(inner_iter):
-                deltas, finite = self._climb(groups, deltas, index)
-                move(deltas, finite)                                        # to theta + delta
-                self.local_pass = self.local and index < inner_iter - 1
-                closure()                                                   # the gradient at theta + delta
-            back()                                                          # to theta
-            self.base_optimizer.step()
-        return result
+    def _step(self, closure):  # apart, as torch counts each call of a `step`, also that of a subclass's super().step
+        climbs = self._climbs()
+        try:
+            self._tell_closure(climbing=climbs > 0)
+            result = closure()                                              # the gradient at theta
+            groups = [(group, [p for p in group['params'] if p.grad is not None]) for group in self.param_groups]
+            groups = [(group, params) for group, params in groups if params]
+            if climbs == 0 or not groups:
+                self.base_optimizer.step()
+                return result
+            deltas = None
+            with self._guarded([p for _, params in groups for p in params]) as (move, back):
+                for index in range(climbs):
+                    deltas, finite = self._climb(groups, deltas, index)
+                    move(deltas, finite)                                    # to theta + delta
+                    self._tell_closure(climbing=index < climbs - 1)
+                    last_result = closure()                                 # the gradient at theta + delta
+                back()                                                      # to theta
+                self.base_optimizer.step()
+        finally:
+            self._tell_closure(climbing=False)
+        return result if self.climb_fraction == 1 else last_result
+
+    def _climbs(self):
+        """How many passes climb."""
+        return max((group['inner_iter'] for group in self.param_groups if group['epsilon'] > 0), default=0)
+
+    def _tell_closure(self, climbing):
+        self.local_pass = self.local and climbing
+        self.pass_fraction = self.climb_fraction if climbing else 1.0
 
     @contextlib.contextmanager
     def _guarded(self, weights):
@@ -122,7 +147,6 @@ class AMP(torch.optim.Optimizer):
         always_with_gradient, all_finite = set(weights), True
 
         def restore():
-            self.local_pass = False
             torch._foreach_copy_(weights, theta)
             for tensors, values in zip(self.buffers, buffers):
                 torch._foreach_copy_(tensors, values)
@@ -209,24 +233,41 @@ def add_arguments(parser):
     flag('--inner-iter', type=int, default=1, metavar='N', help='number of steps in the ball; 0 is plain SGD (1)')
     flag('--perturbation', choices=('tensor', 'global'), default='tensor',
          help='a ball for each parameter tensor, or one ball for all (tensor)')
+    add_climbing_arguments(parser)
+
+
+def add_climbing_arguments(parser):
+    """The flags of every optimizer that climbs before it steps."""
+    flag = parser.add_argument
     flag('--perturbed-statistics', action='store_true',
          help='BatchNorm statistics also from the perturbed passes, as in the original code')
     flag('--local-perturbation', action='store_true',
          help='each of several processes climbs along the gradient of its own images, which saves averaging it')
+    flag('--climb-fraction', type=float, default=1.0, metavar='F',
+         help='climb along the gradient of the first F of each batch, such as 0.25 (1)')
+
+
+STRENGTH = 'epsilon'
 
 
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if 'local_perturbation' in args.given and not distributed:
-        raise ValueError('--local-perturbation needs several processes, but torchrun did not start this one')
-    unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics', 'local_perturbation'} & args.given
+    unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics', 'local_perturbation',
+              'climb_fraction'} & args.given
     if args.inner_iter == 0 and unused:
         flag = f'--{min(unused).replace("_", "-")}'
         raise ValueError(f'{flag} does nothing with --inner-iter 0, which is plain SGD')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
-                             perturbation=args.perturbation, local=args.local_perturbation,
-                             buffers=() if args.perturbed_statistics else model.buffers())
+                             perturbation=args.perturbation, **climbing_options(args, model))
+
+
+def climbing_options(args, model):
+    """The options that the flags of `add_climbing_arguments` give."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if 'local_perturbation' in args.given and not distributed:
+        raise ValueError('--local-perturbation needs several processes, but torchrun did not start this one')
+    return {'local': args.local_perturbation, 'climb_fraction': args.climb_fraction,
+            'buffers': () if args.perturbed_statistics else model.buffers()}
 
 
 if __name__ == '__main__':

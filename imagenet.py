@@ -157,7 +157,7 @@ def main():
 def fit(args, state, model, optimizer, batches):
     """Train from where `state` is to the last epoch, then report. batches: {'train': ..., 'test': ...}."""
     with Run(args, state, model, optimizer, batches) as run:  # its folder; says how to resume when stopped
-        criterion = methods.build_criterion(args, model)
+        criterion = methods.build_criterion(args, model, batches['train'].class_counts)
         for epoch in run.epochs():
             trained = train(run, criterion, optimizer, epoch, args)
             meter = run.test_meter(epoch)  # None in an epoch that --test-every leaves out
@@ -171,7 +171,8 @@ def train(run, criterion, optimizer, epoch, args):
     network = run.network.train()  # compiled; DistributedDataParallel under torchrun
     parts = Parts(network, optimizer, args)  # a batch is one part, unless --mini-batch or processes say otherwise
     for step, batch in run.steps(epoch):  # from where it stopped; progress, checks, checkpoints
-        schedule.apply(optimizer, step, run.steps_per_epoch, args)
+        schedule.apply(optimizer, step, run.steps_per_epoch, args)  # the learning rate
+        methods.before_step(run, criterion, step)  # the strength of the methods
 
         def closure():  # called once by SGD, twice by AMP
             optimizer.zero_grad()

@@ -28,6 +28,7 @@ In your own loop:
     loss.backward()
     optimizer.step()
 """
+import argparse
 import contextlib
 import math
 
@@ -45,7 +46,8 @@ class LargeMarginLoss(nn.Module):
     most classes - 1. norm: 1, 2 or inf (math.inf or 'inf'), which measures distances. aggregate: 'worst', the nearest
     of the top_k, or their 'sum' or 'mean'. approximate: the gradient's norm is a constant in every derivative, which
     saves differentiating twice; second derivatives of the loss itself need False. layer_weights: for each layer a
-    factor above 0 on its distances. epsilon: added to the norm.
+    factor above 0 on its distances, or 'elements', the number of elements that the layer has for each sample, as in the
+    authors' configuration. epsilon: added to the norm.
 
     logits (batch, classes), targets (batch,), and activations, a list of tensors (batch, ...) that the logits were
     computed from: the input, which must require grad, hidden layers, or both. Under BatchNorm in training the gradient
@@ -71,13 +73,16 @@ class LargeMarginLoss(nn.Module):
                              f'were given {gamma}, {alpha} and {epsilon}')
         if not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f'top_k must be a whole number of at least 1, was given {top_k}')
-        if not all(0 < weight < math.inf for weight in layer_weights or ()):
-            raise ValueError(f'layer_weights must be numbers above 0, were given {layer_weights}')
+        numbers = () if layer_weights in (None, 'elements') else layer_weights
+        if not all(not isinstance(weight, str) and 0 < weight < math.inf for weight in numbers):
+            raise ValueError(f"layer_weights must be numbers above 0, or 'elements', were given {layer_weights}")
         self.gamma, self.alpha, self.top_k, self.aggregate = gamma, alpha, top_k, aggregate
         self.approximate, self.layer_weights, self.epsilon = approximate, layer_weights, epsilon
 
     def forward(self, logits, targets, activations):
         weights = self.layer_weights or [1.0] * len(activations)
+        if weights == 'elements':
+            weights = [math.prod(tensor.shape[1:]) for tensor in activations]
         if not activations or len(weights) != len(activations):
             raise ValueError(f'LargeMarginLoss needs at least one activation and a layer weight for each, was given '
                              f'{len(activations)} and {len(weights)}')
@@ -181,7 +186,15 @@ def add_arguments(parser):
     flag('--norm', choices=('1', '2', 'inf'), default='2', help='the norm that measures distances (2)')
     flag('--aggregate', choices=('worst', 'sum', 'mean'), default='worst', help='of the top k distances (worst)')
     flag('--exact', action='store_true', help='differentiate through the norm of the gradient too')
-    flag('--layer-weights', type=float, nargs='+', metavar='W', help='for each layer a factor on its distances (1)')
+    flag('--layer-weights', type=number_or_elements, nargs='+', metavar='W',
+         help="for each layer a factor on its distances, or elements: each layer's number of elements (1)")
+
+
+def number_or_elements(text):
+    try:
+        return text if text == 'elements' else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be numbers or the word elements, was given {text[:50]}') from None
 
 
 CLASS_TARGETS = True  # the distance is from one class of each image
@@ -203,8 +216,9 @@ def loss_term(args):
     """`args` -> (outputs, targets, activations) -> scalar."""
     if 'aggregate' in args.given and args.top_k == 1:
         raise ValueError('--aggregate does nothing with --top-k 1, as there is one class to aggregate over')
+    weights = 'elements' if args.layer_weights == ['elements'] else args.layer_weights
     loss = LargeMarginLoss(args.large_margin_gamma, args.large_margin_alpha, args.top_k, args.norm, args.aggregate,
-                           not args.exact, args.layer_weights)
+                           not args.exact, weights)
 
     def term(outputs, targets, activations):
         logits = outputs[0] if isinstance(outputs, tuple) else outputs

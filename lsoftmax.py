@@ -7,7 +7,13 @@ Liu, Wen, Yu and Yang, "Large-Margin Softmax Loss for Convolutional Neural Netwo
     psi(theta) = (-1)^k cos(m theta) - 2 k   for theta in [k pi/m, (k+1) pi/m], k = 0 .. m-1      (equation 6)
 
 m is `margin`; m = 1 is plain softmax. beta (lambda in section 5.1) is large at first, which is plain softmax too, and
-falls at every optimizer step.
+falls during training:
+
+    beta = first (1 + gamma u)^-power    with u the share of the training that is behind      beta_schedule='position'
+    beta = first decay^n                 after n optimizer steps                              beta_schedule='decay'
+
+The first is the authors' Caffe configuration, where gamma is 0.75 and power 35 on MNIST with margin 4, and 0.6 and 45
+on CIFAR-10 with margin 2: plain softmax until the learning rate first drops, and nearly all margin at the end.
 
 In your own loop:
 
@@ -18,6 +24,8 @@ In your own loop:
     ...
     optimizer.step()
     head.after_step()                                  # beta falls; without this line it stays as it is
+
+With beta_schedule='position', head.before_step(step / steps) before each forward pass replaces after_step().
 """
 import contextlib
 import functools
@@ -32,8 +40,10 @@ from torch.autograd import forward_ad
 class LSoftmaxLinear(nn.Linear):
     """A linear layer without bias, weight (out_features, in_features), whose target logits have a margin in training.
 
-    margin: the whole number m, at least 1. beta: its first value; `after_step()` multiplies it by `beta_decay`, and
-    `forward` uses beta or `beta_min`, whichever is larger. beta is a 0-d buffer, saved together with the weight.
+    margin: the whole number m, at least 1. beta: its first value; `forward` uses beta or `beta_min`, whichever is
+    larger. beta_schedule: 'decay', where `after_step()` multiplies beta by `beta_decay`, or 'position', where
+    `before_step` sets it, see `beta_at`, by `beta_gamma` and `beta_power`. beta is a 0-d buffer, saved together with
+    the weight.
 
     forward(x, targets=None), with x (batch, in_features) and targets (batch,), returns logits (batch, out_features),
     float32 at least, also under autocast. In evaluation they are x W^T, with or without targets.
@@ -41,16 +51,23 @@ class LSoftmaxLinear(nn.Linear):
     finite gradients. The logits have derivatives of every order, by torch.autograd and by torch.func.
     """
 
-    def __init__(self, in_features, out_features, margin=4, beta=100.0, beta_decay=0.99, beta_min=0.0):
+    def __init__(self, in_features, out_features, margin=4, beta=100.0, beta_decay=0.99, beta_min=0.0,
+                 beta_schedule='decay', beta_gamma=0.75, beta_power=35.0):
         if not isinstance(margin, int) or margin < 1:
             raise ValueError(f'margin must be a whole number of at least 1, was given {margin}')
         if not (0 <= beta < math.inf and 0 <= beta_min < math.inf):
             raise ValueError(f'beta and its floor must be numbers of at least 0, were given {beta} and {beta_min}')
         if not 0 <= beta_decay <= 1:
             raise ValueError(f'the decay of beta must be between 0 and 1, was given {beta_decay}')
+        if beta_schedule not in ('decay', 'position'):
+            raise ValueError(f"beta_schedule must be 'decay' or 'position', was given {beta_schedule!r}")
+        beta_at(0, beta, beta_gamma, beta_power)  # raises ValueError if an option is out of range
         super().__init__(in_features, out_features, bias=False)
         self.margin, self.beta_decay, self.beta_min = margin, beta_decay, beta_min
+        self.beta_at = functools.partial(beta_at, first=beta, gamma=beta_gamma, power=beta_power)
+        self.beta_schedule, self.strength_is = beta_schedule, 'all'  # of its strength: 'none', 'part' or 'all'
         self.register_buffer('beta', torch.tensor(float(beta)))
+        self.register_buffer('strength', torch.tensor(1.0), persistent=False)
         self._last = None
 
     def forward(self, x, targets=None):
@@ -61,7 +78,7 @@ class LSoftmaxLinear(nn.Linear):
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         x, weight = x.to(dtype), self.weight.to(dtype)
         with without_autocast(x):  # bfloat16 would round every angle below 3.6 degrees to 0
-            if not self.training:
+            if not self.training or self.strength_is == 'none':
                 return F.linear(x, weight)
             logits, plain, length = linear_with_target(x, weight, targets)
             margined = self._with_margin(plain, length * lengths_of(x))
@@ -76,7 +93,8 @@ class LSoftmaxLinear(nn.Linear):
         k = (torch.arccos(cosine.detach().clamp(-1, 1)) * (self.margin / math.pi)).floor().clamp(max=self.margin - 1)
         psi = (1 - 2 * (k % 2)) * chebyshev(cosine, self.margin) - 2 * k
         beta = self.beta.clamp(min=self.beta_min)
-        return (lengths * psi + beta * dot) / (1 + beta)
+        with_margin = (lengths * psi + beta * dot) / (1 + beta)
+        return with_margin if self.strength_is == 'all' else dot + self.strength * (with_margin - dot)
 
     def without_margin(self, logits):
         """x W^T, detached, from the logits of the last training forward; in evaluation the logits as they are.
@@ -89,9 +107,21 @@ class LSoftmaxLinear(nn.Linear):
         targets, plain = self._last
         return logits.detach().scatter(1, targets[:, None], plain[:, None])
 
+    def before_step(self, behind, strength=1.0):
+        """Sets beta by position, if that is its schedule, and the share of the margin that is used.
+
+        behind: the share of the training that is behind, from 0 to 1. strength: from 0, which is plain softmax and
+        costs what that costs, to 1; the target's logit is linear in it.
+        """
+        if self.beta_schedule == 'position':
+            self.beta.fill_(self.beta_at(behind))
+        self.strength_is = 'all' if strength == 1 else 'part' if strength > 0 else 'none'
+        self.strength.fill_(strength)
+
     def after_step(self):
-        """Multiplies beta by its decay; call it once after each optimizer step."""
-        self.beta.mul_(self.beta_decay)
+        """Multiplies beta by its decay, if that is its schedule; call it once after each optimizer step."""
+        if self.beta_schedule == 'decay':
+            self.beta.mul_(self.beta_decay)
 
     def __getstate__(self):
         state = self.__dict__.copy()
@@ -100,7 +130,19 @@ class LSoftmaxLinear(nn.Linear):
         return state
 
     def extra_repr(self):
-        return f'{super().extra_repr()}, margin={self.margin}, beta_decay={self.beta_decay}, beta_min={self.beta_min}'
+        falls = f'beta_decay={self.beta_decay}, ' if self.beta_schedule == 'decay' else ''
+        return f'{super().extra_repr()}, margin={self.margin}, {falls}beta_min={self.beta_min}'
+
+
+def beta_at(behind, first=1000.0, gamma=0.75, power=35.0):
+    """first (1 + gamma behind)^-power, where `behind` is the share of the training that is behind, from 0 to 1.
+
+    Raises ValueError for a number below 0.
+    """
+    for name, value in (('behind', behind), ('beta', first), ('gamma', gamma), ('power', power)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f'{name} must be a number of at least 0, was given {value}')
+    return first * (1 + gamma * behind) ** -power
 
 
 def chebyshev(cosine, m):
@@ -204,27 +246,48 @@ class LargeMarginSoftmaxLoss(nn.Module):
 def add_arguments(parser):
     flag = parser.add_argument
     flag('--margin', type=int, default=4, metavar='M', help='factor on the angle to the target (4)')
-    flag('--beta', type=float, default=100.0, metavar='B', help='weight of the plain logit at first (100)')
-    flag('--beta-decay', type=float, default=0.99, metavar='F', help='factor on beta at every step (0.99)')
+    flag('--beta-schedule', choices=tuple(BETA_FLAGS), default='position',
+         help="position: beta is B (1 + G u)^-P, with u the share of the training that is behind; decay: it is "
+              'multiplied by F at every step (position)')
+    flag('--beta', type=float, metavar='B', help='weight of the plain logit at first (1000, of decay 100)')
+    flag('--beta-gamma', type=float, metavar='G', help='position: (0.75, with --margin 2 0.6)')
+    flag('--beta-power', type=float, metavar='P', help='position: (35, with --margin 2 45)')
+    flag('--beta-decay', type=float, default=0.99, metavar='F', help='decay: (0.99)')
     flag('--beta-min', type=float, default=0.0, metavar='B', help='smallest beta that is used (0)')
 
 
-FIRST_VALUES = {'beta'}  # a resumed run takes beta from the checkpoint
+BETA_FLAGS = {'position': {'beta_gamma', 'beta_power'}, 'decay': {'beta_decay'}}  # which each schedule has
 CLASS_TARGETS = True  # the margin is for one class of each image
+
+
+def first_values(args):
+    """Flags that a resumed run takes from the checkpoint."""
+    return {'beta'} if args.beta_schedule == 'decay' else set()
 
 
 def head(args):
     """`args` -> (in_features, num_classes) -> module."""
     if args.margin > 1000:  # a pass computes as many terms, and the paper has at most 4
         raise ValueError(f'--margin must be at most 1000, was given {args.margin}')
-    unused = {'beta', 'beta_decay', 'beta_min'} & args.given
+    unused = {'beta', 'beta_min', 'beta_schedule'}.union(*BETA_FLAGS.values()) & args.given
     if args.margin == 1 and unused:
-        flag = f'--{min(unused).replace("_", "-")}'
-        raise ValueError(f'{flag} does nothing with --margin 1, which is plain softmax')
+        raise ValueError(f'{_spelled(unused)} does nothing with --margin 1, which is plain softmax')
+    for schedule, flags in BETA_FLAGS.items():
+        if flags & args.given and schedule != args.beta_schedule:
+            raise ValueError(f'{_spelled(flags & args.given)} belongs to --beta-schedule {schedule}, not '
+                             f'{args.beta_schedule}')
     if 'beta' in args.given and 0 <= args.beta < args.beta_min:
         raise ValueError(f'--beta {args.beta:g} does nothing below --beta-min {args.beta_min:g}')
-    return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,
-                             beta_min=args.beta_min)
+    gamma, power = (0.6, 45.0) if args.margin == 2 else (0.75, 35.0)  # the authors' configurations
+    beta = (1000.0 if args.beta_schedule == 'position' else 100.0) if args.beta is None else args.beta
+    return functools.partial(LSoftmaxLinear, margin=args.margin, beta=beta, beta_decay=args.beta_decay,
+                             beta_min=args.beta_min, beta_schedule=args.beta_schedule,
+                             beta_gamma=gamma if args.beta_gamma is None else args.beta_gamma,
+                             beta_power=power if args.beta_power is None else args.beta_power)
+
+
+def _spelled(names):
+    return f'--{min(names).replace("_", "-")}'
 
 
 if __name__ == '__main__':

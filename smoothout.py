@@ -103,7 +103,7 @@ class SmoothOut(torch.optim.Optimizer):
         closure() clears the gradients, computes the loss, calls backward and returns anything. Before the base
         optimizer steps, or if the closure raises, the weights are exactly as they were without noise.
         """
-        self.noisy = [p for group in self.param_groups for p in group['params']
+        self.noisy = [p for group in self.param_groups if group['ss'] > 0 for p in group['params']
                       if p.requires_grad and p not in self.exclude]
         self.saved = torch._foreach_mul(self.noisy, 1) if self.noisy else []  # a copy, in one launch
         try:
@@ -234,6 +234,9 @@ def add_arguments(parser):
                         help='how the noise changes during training: anneal falls, tanh rises (constant)')
     parser.add_argument('--anneal-index', type=float, default=0.55, metavar='A', help='how fast anneal falls (0.55)')
     parser.add_argument('--tanh-scale', type=float, default=10.0, metavar='T', help='how steeply tanh rises (10)')
+
+
+STRENGTH = 'ss'
 
 
 def optimizer(args, model, steps_per_epoch):

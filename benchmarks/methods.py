@@ -35,6 +35,10 @@ ROWS = {
     'lsoftmax': '--method lsoftmax --margin 4',
     'smoothout': '--method smoothout',
     'amp': '--method amp',
+    'amp_late': '--method amp --method-start 0.7 --epochs 1',  # a whole training, whose last 3 of 10 steps are AMP's
+    'amp_fraction': '--method amp --climb-fraction 0.25',
+    'sam': '--method sam',
+    'momentum_sam': '--method sam --direction momentum',
     'large_margin': f'--method large_margin {LAYERS}',
     'large_margin_3': f'--method large_margin {LAYERS} --top-k 3',
 }
@@ -50,7 +54,8 @@ def epoch(flags, settings, split):
     model.to(DEVICE, memory_format=torch.channels_last)
     train = FirstBatches(split, *split.mean_and_std(), settings.batch, DEVICE, padding=4, flip=True)
     train.steps = settings.steps
-    optimizer, criterion = methods.build_optimizer(args, model, settings.steps), methods.build_criterion(args, model)
+    optimizer = methods.build_optimizer(args, model, settings.steps)
+    criterion = methods.build_criterion(args, model, train.class_counts)
     return functools.partial(cifar.train, Run(args, {}, model, optimizer, {'train': train}), criterion, optimizer, 0,
                              args)
 
@@ -89,7 +94,7 @@ def main():
     parser.add_argument('--arch', default='resnet')
     parser.add_argument('--depth', type=int)
     parser.add_argument('--batch', type=int, default=128)
-    parser.add_argument('--steps', type=int, default=10, help='steps in one timing')
+    parser.add_argument('--steps', type=int, default=10, help='steps in one timing, a multiple of 10')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
     parser.add_argument('--classes', type=int, default=100000, help='of the measurement of memory; 0 leaves it out')

@@ -31,7 +31,7 @@ grid() {  # the trials of method $1, one a line
         none) printf '%s\n' "--lr 0.02 --wd 0.0005" "--lr 0.05 --wd 0.0005" "--lr 0.1 --wd 0.0005" \
                             "--lr 0.02 --wd 0.005" "--lr 0.05 --wd 0.005" "--lr 0.1 --wd 0.005" ;;
         dma) printf -- '--dma-coef %s\n' 0.01 0.03 0.1 0.3 1 3 ;;
-        lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 20 2 5 2 1 4 20 4 5 4 1 ;;
+        lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 5 2 1 2 0 4 5 4 1 4 0 ;;
         amp) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         smoothout) printf -- '--ss %s\n' 0.002 0.005 0.01 0.02 0.05 0.1 ;;
         large_margin) printf -- "--large-margin-gamma %s --large-margin-coef %s\n" 5 0.1 5 0.3 5 1 \

@@ -37,14 +37,22 @@ RUNS = {
     'center': '--method center --center-coef 0.1',
     'lsoftmax center': '--method lsoftmax center --margin 2 --beta 5 --center-coef 0.1 --clip-norm 0.5',
     'lsoftmax smoothout': '--method lsoftmax smoothout --ss 0.01 --batch-multiplier 2',
+    'amp on a ramp, climbing on a part': '--method amp --epsilon 0.1 --climb-fraction 0.25 --method-ramp 0.5',
+    'accumulated, climbing on a part': '--method sam --rho 0.2 --climb-fraction 0.4 --batch-multiplier 2',
+    'center and large_margin, late': '--method center large_margin --cross-entropy-weight 1 --center-coef 0.1 '
+                                     '--method-start 0.25 --clip-norm 1',
+    'arcface sam': '--method arcface sam --adaptive --rho 0.3', 'momentum-sam': '--method sam --direction momentum',
+    'ldam': '--method ldam --deferred 0', 'logit_adjustment hinge': '--method logit_adjustment hinge',
 }
 # Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
 WHOLE = {
     'a whole batch': '-a lenet', 'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 '
                                                              '--batch-multiplier 2',
     'a whole batch, amp': '-a lenet --method amp --epsilon 0.1',
+    'a whole batch, climbing on a part': '-a lenet --method sam --rho 0.2 --climb-fraction 0.3',
 }
-LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2'}
+LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2',
+         'amp, local, on a part': '--method amp --epsilon 0.1 --local-perturbation --climb-fraction 0.5'}
 
 
 def images_of(count):
@@ -69,7 +77,7 @@ def train(flags, count):
     for each in (batches, whole):
         each.mean, each.std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     optimizer = methods.build_optimizer(args, model, len(batches))
-    criterion = methods.build_criterion(args, model)
+    criterion = methods.build_criterion(args, model, batches.class_counts)
     trained = cifar.train(Run(args, {}, model, optimizer, {'train': batches}), criterion, optimizer, 0, args)
     tested = cifar.test(whole, model, args)
     weights = torch.cat([value.double().flatten() for value in model.state_dict().values()])

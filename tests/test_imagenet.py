@@ -290,7 +290,8 @@ def test_torchvisions_weights_of_other_classes_are_not_tested(root, monkeypatch,
 
 # Methods and losses
 
-@pytest.mark.parametrize('flags', ['dma --coef 0.5', 'lsoftmax --margin 2 --beta 50', 'amp --epsilon 0.1', 'smoothout',
+@pytest.mark.parametrize('flags', ['dma --coef 0.5', 'lsoftmax --margin 2 --beta 50 --beta-schedule decay',
+                                   'amp --epsilon 0.1', 'smoothout',
                                    'large_margin --large-margin-layers input backbone.stage3 --coef 0.1 '
                                    '--cross-entropy-weight 1 --clip-norm 5',
                                    'dma amp --epsilon 0.1'])

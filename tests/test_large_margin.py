@@ -359,6 +359,19 @@ def test_activations_that_cannot_have_a_gradient():
             LargeMarginLoss(layer_weights=weights)(logits, targets, activations)
 
 
+def test_layers_weighed_by_their_elements():
+    """As the sum over layers of a loss for each layer, with that layer's number of elements as its weight."""
+    params, x = (torch.tensor(GOLDEN[key], requires_grad=True) for key in ('params', 'x'))
+    logits, activations = golden_layers(params, x)
+    targets, gamma = torch.tensor(GOLDEN['y']), 100.0
+    losses = [LargeMarginLoss(gamma, norm='inf', layer_weights=[tensor[0].numel()])(logits, targets, [tensor])
+              for tensor in activations]
+    loss = LargeMarginLoss(gamma, norm='inf', layer_weights='elements')(logits, targets, activations)
+    assert len(losses) > 1 and len({tensor[0].numel() for tensor in activations}) > 1
+    close(loss, sum(losses) / len(losses))
+    assert abs(loss - LargeMarginLoss(gamma, norm='inf')(logits, targets, activations)) > 1e-3
+
+
 @pytest.mark.parametrize('options, message', [
     *((dict(gamma=gamma), 'gamma and alpha must be numbers above 0') for gamma in (0, -1.0, math.nan, math.inf)),
     *((dict(alpha=alpha), 'gamma and alpha must be numbers above 0') for alpha in (0, -1, math.nan, math.inf)),

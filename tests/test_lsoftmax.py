@@ -471,9 +471,10 @@ def test_arguments_make_a_head():
     parser = Parser()
     lsoftmax.add_arguments(parser)
     head = lsoftmax.head(parser.parse_args([]))(7, 3)
-    assert (head.margin, head.beta.item(), head.beta_decay, head.beta_min) == (4, 100, 0.99, 0)
-    head = lsoftmax.head(parser.parse_args('--margin 2 --beta 5 --beta-decay 0.5 --beta-min 1'.split()))(7, 3)
+    assert (head.margin, head.beta.item(), head.beta_schedule, head.beta_min) == (4, 1000, 'position', 0)
+    head = lsoftmax.head(parser.parse_args('--margin 2 --beta-schedule decay --beta 5 --beta-decay 0.5 --beta-min 1'.split()))(7, 3)
     assert (head.margin, head.beta.item(), head.beta_decay, head.beta_min) == (2, 5, 0.5, 1)
+    assert lsoftmax.head(parser.parse_args(['--beta-schedule', 'decay']))(7, 3).beta == 100
     assert head.weight.shape == (3, 7)
 
 
@@ -481,3 +482,30 @@ def test_the_file_works_alone(tmp_path):
     shutil.copy(ROOT / 'lsoftmax.py', tmp_path)
     result = subprocess.run([sys.executable, 'lsoftmax.py'], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and 'plain logits' in result.stdout, result.stderr
+
+
+RIVALS = np.load(ROOT / 'tests/goldens/rivals.npz')
+
+
+@pytest.mark.parametrize('row', range(3), ids=RIVALS['lambda/names'].tolist())
+def test_beta_by_position_is_that_of_the_authors_files(row):
+    g = {key.rpartition('/')[2]: RIVALS[key] for key in RIVALS.files if key.startswith('lambda/')}
+    gamma, power = g['gamma_u'][row].item(), g['power'][row].item()
+    values = [lsoftmax.beta_at(u, 1000.0, gamma, power) for u in g['u'].tolist()]
+    np.testing.assert_allclose(values, g['value'][row], rtol=1e-9)
+    if row < 2:  # the third configuration has no margin of its own to be chosen by
+        parser = Parser()
+        lsoftmax.add_arguments(parser)
+        head = lsoftmax.head(parser.parse_args(['--margin', str(g['margin'][row]), '--beta-min', '5']))(4, 3).double()
+        for u, value, floored in zip(g['u'].tolist(), g['value'][row], g['value_min5'][row]):
+            head.before_step(u)
+            assert head.beta.item() == pytest.approx(value, rel=1e-6)
+            x, targets = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+            plain, logits = head.eval()(x), head.train()(x, targets)
+            other = LSoftmaxLinear(4, 3, head.margin, beta=floored).double()
+            other.load_state_dict({**head.state_dict(), 'beta': torch.tensor(floored)})
+            torch.testing.assert_close(logits, other(x, targets), rtol=1e-6, atol=1e-9)
+            assert not torch.equal(plain, logits)
+            before = head.beta.item()
+            head.after_step()
+            assert head.beta.item() == before

@@ -9,8 +9,8 @@ class Activations:
 
     A name is as in model.named_modules(); `input` is the images, which get a gradient of their own; `features` is what
     goes into the head. Of a module that is called several times in a pass it is the last output. The hooks stay as
-    long as the model does. ValueError for a name that the model does not have, and from `read` for an output that
-    cannot be used.
+    long as the model does; while `active` is false they do nothing. ValueError for a name that the model does not have,
+    and from `read` for an output that cannot be used.
     """
 
     def __init__(self, model, names):
@@ -22,7 +22,7 @@ class Activations:
                                  'features and what these consist of')
         if len(set(names)) < len(names):
             raise ValueError(f'a layer is named twice in {" ".join(names)}')
-        self.names, self.kept = names, {}
+        self.names, self.kept, self.active = names, {}, True
         for name in names:
             if name == 'input':
                 model.register_forward_pre_hook(self._at_input)
@@ -32,7 +32,7 @@ class Activations:
                 modules[name].register_forward_hook(functools.partial(self._keep, name))
 
     def _at_input(self, model, inputs):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.active:
             # Images that require a gradient, such as a user's, keep their graph.
             images = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
             self._keep('input', model, None, images)
@@ -42,7 +42,7 @@ class Activations:
         self._keep('features', head, None, inputs[0])
 
     def _keep(self, name, module, inputs, outputs):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.active:
             output = outputs[0] if isinstance(outputs, tuple) else outputs
             self.kept[name] = output, output._version
 

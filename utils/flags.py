@@ -88,6 +88,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('momentum',         True,                ASKED,      False),
     ('nesterov',         True,                ASKED,      False),
     ('weight_decay',     True,                ASKED,      False),
+    ('optimizer_eps',    True,                ASKED,      False),
     ('base_batch',       True,                ASKED,      False),
     ('lr_scaling',       True,                ASKED,      False),
     ('epoch_scaling',    True,                ASKED,      False),
@@ -97,6 +98,8 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     # method
     ('method',           True,                ASKED,      False),
     ('coef',             False,               START,      False),  # short for a method's own flag, which has the value
+    ('method_start',     True,                ASKED,      False),
+    ('method_ramp',      True,                ASKED,      False),
     # run
     ('checkpoint',       False,               START,      False),
     ('overwrite',        False,               START,      False),
@@ -122,6 +125,8 @@ def with_todays_names(values):
     if 'autoaugment' in values and 'auto_augment' not in values:
         values['auto_augment'] = 'autoaugment' if values['autoaugment'] else None
     values.pop('autoaugment', None)
+    if 'beta_decay' in values and 'beta_schedule' not in values:  # it was the only one, when it had no name
+        values.update(beta_schedule='decay', beta=None if values.get('beta') == 100 else values.get('beta'))
     return values
 
 

@@ -1,12 +1,15 @@
 """Where methods are listed, and how the chosen ones are put together.
 
-A method is a module beside cifar.py. It offers `add_arguments(parser)` and those of these that it needs, each of which
-takes as many of its arguments as it names:
+A method is a module beside cifar.py, or in baselines/. It offers `add_arguments(parser)` and those of these that it
+needs, each of which takes as many of its arguments as it names:
     head(args)              -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
-    loss_term(args, model)  -> (outputs, targets, activations) -> scalar, added to the cross-entropy: a function, or an
+    loss_term(args, model, class_counts)
+                            -> (outputs, targets, activations) -> scalar, added to the cross-entropy: a function, or an
                                nn.Module, which becomes part of the model: its parameters are trained, its parameters
                                and buffers are on the device and in the checkpoint, its gradients averaged over
-                               processes. `model.in_features` and `model.num_classes` are the sizes of the classifier.
+                               processes. `model.in_features` and `model.num_classes` are the sizes of the classifier;
+                               class_counts, which a module cannot have, as the network is built before the data are
+                               read, lists how many training images each class has.
     optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used instead of torch.optim.SGD;
     where
                                --optimizer names another class than SGD, the options have it as base_optimizer
@@ -19,8 +22,14 @@ and, where it needs them:
     the
                                       model; the schedule multiplies their rates as it multiplies all others
     DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
-    FIRST_VALUES = {flags that a checkpoint's state replaces, so that a resumed run refuses them}
+    STRENGTH = the name of the option of its optimizer's parameter groups that --method-start and --method-ramp scale
+    first_values(args)             -> flags that a checkpoint's state replaces, so that a resumed run refuses them
     CLASS_TARGETS = True where targets must be one class for each image, not shares of several, as mixing images gives
+--method-start and --method-ramp scale the strength of each method, from 0, which is plain training, to 1: the option
+STRENGTH of an optimizer, and the weight of a loss term, which is not computed at 0; where a method does without the
+cross-entropy, its weight falls from 1 as the strength grows. A head, or a loss term that is an object, that has
+`before_step(behind, strength)` is told before each step the share of the training that is behind and the strength: both
+are functions of the position alone.
 A head that trains on other logits than it predicts with has `without_margin(logits)` for these. An optimizer with
 `next_part(parts)` is told when a batch that is split goes on by so many parts; one whose `local_pass` is true does not
 need the gradient of all processes.
@@ -49,17 +58,22 @@ from utils import memory
 from utils.activations import Activations
 from utils.errors import UserError, one_line
 from utils.eval import cross_entropy
-from utils.flags import meaning
+from utils.flags import bounded, meaning
 from utils.parts import single_image_explained
-from utils.schedule import OPTIMIZERS
+from utils.schedule import OPTIMIZERS, made_with
 
 # A method of your own is one more line here, the name of its file.
-METHODS = {name: importlib.import_module(name) for name in (
+METHODS = {name.rpartition('.')[2]: importlib.import_module(name) for name in (
     'dma',
     'lsoftmax',
     'amp',
     'smoothout',
     'large_margin',
+    'baselines.sam',
+    'baselines.arcface',
+    'baselines.ldam',
+    'baselines.logit_adjustment',
+    'baselines.hinge',
 )}
 
 
@@ -69,8 +83,23 @@ def add_arguments(parser):
     group.add_argument('--method', nargs='+', choices=METHODS, default=[], metavar='NAME',
                        help=f'one or several of: {", ".join(METHODS)} (none: cross-entropy)')
     group.add_argument('--coef', type=float, metavar='C', help="weight of the method's loss term")
+    group.add_argument('--method-start', type=bounded(float, 0, 1), default=0.0, metavar='F',
+                       help='the share of the training that is plain, before the methods begin (0)')
+    group.add_argument('--method-ramp', type=bounded(float, 0, 1), default=0.0, metavar='F',
+                       help='the share of the training in which their strength then grows from 0 to all of it (0)')
     for name, module in METHODS.items():
-        module.add_arguments(parser.add_argument_group(f'--method {name}'))
+        module.add_arguments(_Shared(parser, parser.add_argument_group(f'--method {name}')))
+
+
+class _Shared:
+    """A group of flags that leaves out those that another method has added already, with the same meaning."""
+
+    def __init__(self, parser, group):
+        self.parser, self.group = parser, group
+
+    def add_argument(self, flag, *names, **options):
+        if flag.lstrip('-').replace('-', '_') not in self.parser.names():
+            self.group.add_argument(flag, *names, **options)
 
 
 def check_arguments(args, parser):
@@ -82,14 +111,18 @@ def check_arguments(args, parser):
         having = [name for name in args.method if hasattr(METHODS[name], part)]
         if len(having) > 1:
             parser.error(f'--method {" and ".join(having)} cannot combine: each brings its own {part}, and {why}')
+    _check_start(args, parser)
+    used = set().union(*(flags(METHODS[name]) for name in args.method))
     for name, module in METHODS.items():
-        unused = sorted(flags(module) & args.given)
+        unused = sorted((flags(module) - used) & args.given)
         if unused and name not in args.method:
-            parser.error(f'{parser.spelling(unused[0])} is a flag of --method {name}, which is not selected')
+            names = ' or '.join(other for other in METHODS if unused[0] in flags(METHODS[other]))
+            parser.error(f'{parser.spelling(unused[0])} is a flag of --method {names}, which is not selected')
         if name in args.method and args.compile and hasattr(module, 'layers'):
             parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what '
                          'is compiled')
-        for flag in sorted(getattr(module, 'FIRST_VALUES', set()) & args.given if args.resume else ()):
+        first_values = module.first_values(args) if args.resume and hasattr(module, 'first_values') else set()
+        for flag in sorted(first_values & args.given):
             parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its '
                          'checkpoint')
         mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
@@ -111,6 +144,23 @@ def check_arguments(args, parser):
                          f'{getattr(args, f"{name}_coef")}')
 
 
+def _check_start(args, parser):
+    """Refuse a --method-start or --method-ramp that cannot be."""
+    start = ' and '.join(f'{parser.spelling(name)} {value:g}' for name in ('method_start', 'method_ramp')
+                         if (value := getattr(args, name)))
+    if args.given & {'method_start', 'method_ramp'} and not args.method:
+        parser.error('--method-start and --method-ramp need a --method whose strength they scale')
+    if args.method_start == 1:
+        parser.error('--method-start must be less than 1, as the method would never begin')
+    if args.method_start + args.method_ramp > 1:
+        parser.error(f'{start} are more than the whole training, which is 1')
+    for name in args.method if start else ():
+        module = METHODS[name]
+        if hasattr(module, 'optimizer') and not hasattr(module, 'STRENGTH'):
+            parser.error(f'{start} cannot scale --method {name}, which does not say which option of its optimizer is '
+                         'its STRENGTH')
+
+
 def _coef_flag(name):
     return f'--{name.replace("_", "-")}-coef'
 
@@ -127,7 +177,8 @@ def setting(values):
     what a run is called or shows.
     """
     chosen = sorted(values['method'], key=lambda name: (*METHODS, name).index(name))  # `amp dma` is `dma amp`
-    unused = set().union(*(flags(module) for name, module in METHODS.items() if name not in chosen))
+    used = set().union(*(flags(METHODS[name]) for name in chosen if name in METHODS))
+    unused = set().union(*map(flags, METHODS.values())) - used
     return {name: value for name, value in {**values, 'method': chosen}.items()
             if meaning(name).result and name not in unused}
 
@@ -155,7 +206,8 @@ def attach_loss_terms(args, model):
     ValueError of a loss term.
     """
     try:
-        terms = {name: term for name in args.method if isinstance(term := _loss_term(args, name, model), nn.Module)}
+        terms = {name: term for name in args.method if not _needs_class_counts(name)
+                 and isinstance(term := _loss_term(args, name, model), nn.Module)}
     except ValueError as error:
         raise UserError(str(error)) from error
     if terms:
@@ -169,36 +221,100 @@ def detach_loss_terms(model):
         del model.loss_terms
 
 
-def _loss_term(args, name, model):
+def _needs_class_counts(name):
     part = getattr(METHODS[name], 'loss_term', None)
-    return _call(part, args, model) if part else None
+    return part is not None and 'class_counts' in inspect.signature(part).parameters
 
 
-def build_criterion(args, model):
+def _loss_term(args, name, model, class_counts=None):
+    part = getattr(METHODS[name], 'loss_term', None)
+    if not _needs_class_counts(name):
+        return _call(part, args, model) if part else None
+    try:
+        return part(args, model, class_counts)
+    except ValueError as error:  # perhaps of a class without training images
+        raise UserError(f'--method {name}: {error}') from error
+
+
+def build_criterion(args, model, class_counts=None):
     """(outputs, targets) -> scalar: cross-entropy, unless a method does without, plus the chosen methods' terms.
 
-    Where the network has auxiliary classifiers, their weighted cross-entropies are added, whatever the method.
-    ValueError if a method asks for layers that `model` does not have.
+    class_counts: how many training images each class has, a list, for methods that need it. Where the network has
+    auxiliary classifiers, their weighted cross-entropies are added, whatever the method. ValueError if a method asks
+    for layers that `model` does not have.
     """
     weight = math.prod(_chosen(args, 'cross_entropy_weight'))
     if args.label_smoothing and not weight:
         raise ValueError('--label-smoothing does nothing without cross-entropy; give it a --cross-entropy-weight')
     attached, terms = getattr(model, 'loss_terms', {}), []
     for name in args.method:
-        term = attached[name] if name in attached else _loss_term(args, name, model)
+        term = attached[name] if name in attached else _loss_term(args, name, model, class_counts)
+        if isinstance(term, nn.Module) and name not in attached:
+            raise ValueError(f'the loss term of --method {name} is a module, which cannot have class_counts, as the '
+                             'network is built before the data are read')
         if term is not None:
-            layers = _call(METHODS[name].layers, args) if hasattr(METHODS[name], 'layers') else None
-            terms.append((term, Activations(model, layers).read if layers else list))
+            layers = _call(METHODS[name].layers, args) if hasattr(METHODS[name], 'layers') else ()
+            terms.append((term, Activations(model, layers)))
+    return Criterion(terms, weight, args.label_smoothing)
 
-    def criterion(outputs, targets):
-        auxiliary = 0
+
+class Criterion:
+    """What `build_criterion` returns. strength: from 0 to 1, of the loss terms, as the newest `before_step` said."""
+
+    def __init__(self, terms, cross_entropy_weight, label_smoothing):
+        """terms: pairs of a loss term and its `Activations`."""
+        self.terms, self.label_smoothing, self.strength = terms, label_smoothing, 1.0
+        self.weight_of_cross_entropy = cross_entropy_weight
+
+    def before_step(self, behind, strength):
+        self.strength = strength
+        for term, activations in self.terms:
+            activations.active = strength > 0
+            if hasattr(term, 'before_step') and not isinstance(term, nn.Module):  # modules are told with the network
+                term.before_step(behind, strength)
+
+    def __call__(self, outputs, targets):
+        auxiliary, weight = 0, self.weight_of_cross_entropy
         if isinstance(outputs, WithAuxiliary):
-            losses = (cross_entropy(logits, targets, args.label_smoothing) for logits in outputs.auxiliary)
+            losses = (cross_entropy(logits, targets, self.label_smoothing) for logits in outputs.auxiliary)
             auxiliary, outputs = outputs.weight * sum(losses), outputs.outputs
-        loss = weight * cross_entropy(outputs, targets, args.label_smoothing) if weight else 0
-        return loss + sum(term(outputs, targets, activations()) for term, activations in terms) + auxiliary
+        if self.strength < 1:
+            weight = 1 + self.strength * (weight - 1)
+        loss = weight * cross_entropy(outputs, targets, self.label_smoothing) if weight else 0
+        return loss + self._terms(outputs, targets) + auxiliary
 
-    return criterion
+    def _terms(self, outputs, targets):
+        if self.strength == 0:
+            # Gradients of 0, as DistributedDataParallel waits for those of all parameters.
+            return sum(0 * p.sum() for term, _ in self.terms if isinstance(term, nn.Module) for p in term.parameters())
+        terms = sum(term(outputs, targets, activations.read()) for term, activations in self.terms)
+        return terms if self.strength == 1 else self.strength * terms
+
+
+def strength(step, steps, args):
+    """The factor from 0 to 1 on what the methods do at `step`, counted from 0, of the `steps` of the whole training.
+
+    It is 0 while less than args.method_start of the training is behind, and grows linearly to 1 in args.method_ramp.
+    """
+    since = step / steps - args.method_start
+    return 0.0 if since < 0 else min(since / args.method_ramp, 1.0) if args.method_ramp else 1.0
+
+
+def before_step(run, criterion, step):
+    """Set the strength of the chosen methods for `step`, counted from 0 at the beginning of training.
+
+    run: a `Run`. criterion: of `build_criterion`, or a function of your own, which is left alone.
+    """
+    args, steps = run.args, run.args.epochs * run.steps_per_epoch
+    now = strength(step, steps, args)
+    for part in (*run.told_before_steps, criterion):
+        if hasattr(part, 'before_step'):
+            part.before_step(step / steps, now)
+    if args.method_start or args.method_ramp:
+        names = {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}
+        for group in run.optimizer.param_groups:
+            made = made_with(group)
+            group.update({name: now * made[name] for name in names & made.keys()})
 
 
 def default_lr(args):
@@ -248,7 +364,8 @@ def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
     inputs, targets = torch.zeros(images, 3, size, size), torch.zeros(images, dtype=torch.long)
     try:
         with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
-            criterion, kept = build_criterion(args, model), memory.Kept(model, images)
+            criterion = build_criterion(args, model, [1] * model.num_classes)
+            kept = memory.Kept(model, images)
             with kept.hooks:
                 criterion(model(inputs, targets), targets)
     except ValueError as error:

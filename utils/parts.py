@@ -1,5 +1,6 @@
 """How a batch passes the network: whole, in ghost batches, or shared out among processes; the gradient is the same."""
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,19 +37,21 @@ class Parts:
     as the others wait for it.
 
     network: `Run.network`, in training mode. optimizer: told by `next_part(parts)`, where it has that, that the noise
-    on the weights must be new; where its `local_pass` is true, gradients are not averaged.
+    on the weights must be new; where its `local_pass` is true, gradients are not averaged; its `pass_fraction`, where
+    it is below 1, is the share of the batch that the pass is over.
     """
 
     def __init__(self, network, optimizer, args):
         self.network, self.optimizer = network, optimizer
         self.statistics, self.shown_logits = BatchNormStatistics(network), shown_logits(network)
-        self.ghost_batch = ghost_batch(args)
+        self.ghost_batch, self.mini_batch = ghost_batch(args), args.mini_batch
         self.noise_batch = args.mini_batch or args.train_batch
         self.local_batch = args.train_batch * args.batch_multiplier // distributed.world_size()
         self.rank_offset = distributed.rank() * self.local_batch
 
     def of(self, batch):
         """(images, targets, weight) of each part of a `Batch`; the weight is a number."""
+        batch = self._to_pass(batch)
         images, targets = batch.images, batch.targets
         self.kept_logits, self.kept_losses, self.local_images, noise_index = [], [], len(targets), 0
         expected = min(max(batch.size - self.rank_offset, 0), self.local_batch)
@@ -65,6 +68,25 @@ class Parts:
                 with self._averaging(now=averaged and index == len(parts) - 1):
                     yield images, targets, weight
         self._renew_noise(noise_index, batch.size, batch.size)  # as often as in every other process
+
+    def _to_pass(self, batch):
+        """The images of the batch that the optimizer's pass is over, all or the first ones, as a `Batch`.
+
+        They are the first pass_fraction of the images of all processes, rounded up to whole ghost batches with
+        --mini-batch, otherwise to an even number, as BatchNorm may need two. So several processes climb as one would,
+        and those whose images come later wait; where `local_pass` is true, each takes as much of its own images.
+        """
+        fraction, local = getattr(self.optimizer, 'pass_fraction', 1.0), len(batch.targets)
+        if fraction == 1:
+            return batch
+        unit = self.mini_batch or 2
+        if getattr(self.optimizer, 'local_pass', False):
+            count = min(unit * math.ceil(fraction * local / unit), local)
+            size = batch.size * count / max(local, 1)
+        else:
+            size = min(unit * math.ceil(fraction * batch.size / unit), batch.size)
+            count = min(max(size - self.rank_offset, 0), local)
+        return Batch(batch.images[:count], batch.targets[:count], size)
 
     def keep(self, outputs, loss):
         """What `logits` and `loss` are made of; to be called once for each part."""

@@ -41,6 +41,7 @@ class Run:
     selection         the split that chooses the best epoch: 'val' if there is one, else 'test'
     test_every        it is tested on after so many epochs, and after the last
     steps_per_epoch   batches in an epoch, of all processes together
+    told_before_steps modules of the network that have `before_step`, see utils/methods.py
     meter             the `Meter` of the epoch that `steps` runs through
 
     Nothing is written before the `with` block is entered. Leaving it on SIGINT or SIGTERM says how to resume.
@@ -55,6 +56,7 @@ class Run:
         self.network = distributed.data_parallel(compiled)
         self.to_test = self.average.module if self.average else compiled
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
+        self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
         self.changes = []  # of the setting, in the middle of training
         self.predictions = None  # of the last epoch, if it was tested on the test images

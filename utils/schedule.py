@@ -1,6 +1,7 @@
 """The optimizer's options as a pure function of the position in training: nothing to save, nothing to lose."""
 import bisect
 import functools
+import inspect
 import math
 from fractions import Fraction
 
@@ -37,6 +38,8 @@ def add_arguments(group):
                        help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
     group.add_argument('--momentum', type=bounded(float, 0, 1), help='(0.9, of RMSprop 0; or the regime\'s)')
     group.add_argument('--nesterov', action='store_true')
+    group.add_argument('--optimizer-eps', type=bounded(float, 0, above=True), metavar='E',
+                       help="added to the denominator of RMSprop, Adam and AdamW (1e-8)")
     group.add_argument('--weight-decay', '--wd', type=bounded(float, 0), help='(0.0005, or the regime\'s)')
     group.add_argument('--base-batch', type=bounded(int, 1), default=128, metavar='N',
                        help='the batch that lr and epochs are meant for, for the next two flags (%(default)s)')
@@ -57,6 +60,8 @@ def fill_in(args, regime, parser, default_lr=None):
     """
     settings = changes(regime, args.epochs)
     given = {name: getattr(args, name) for name in ('momentum', 'weight_decay') if getattr(args, name) is not None}
+    if args.optimizer_eps:
+        given['eps'] = args.optimizer_eps
     if any(getattr(args, name) is not None for name in RATE_FLAGS):
         settings = {epoch: {name: value for name, value in now.items() if name != 'lr'}
                     for epoch, now in settings.items()}
@@ -94,6 +99,8 @@ def fill_in(args, regime, parser, default_lr=None):
         parser.error(f'the regime of --arch {args.arch} must begin with a learning rate above 0, as the rates of '
                      'parameter '
                      f'groups follow it in proportion; it has {args.lr}')
+    if args.optimizer_eps and 'eps' not in inspect.signature(OPTIMIZERS[args.optimizer].func).parameters:
+        parser.error(f'--optimizer-eps is not used by --optimizer {args.optimizer}')
     if args.nesterov and args.optimizer != 'SGD':
         parser.error(f'--nesterov is for --optimizer SGD, not {args.optimizer}')
     if args.nesterov and args.momentum == 0:

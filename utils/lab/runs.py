@@ -68,7 +68,7 @@ class Flags:
         self.defaults = {name: hashable(defaults[name]) for name in self.spelling}
         self.choices = {action.dest: list(action.choices or ()) for action in parser._actions}
         self.of_method = {name: methods.flags(module) for name, module in methods.METHODS.items()}
-        self.of_methods = set.union({'method'}, *self.of_method.values())
+        self.of_methods = set.union({'method', 'method_start', 'method_ramp'}, *self.of_method.values())
 
     def setting(self, args):
         """The flags that decide what a run computes, from its args.json."""
