@@ -83,16 +83,18 @@ def training_transform(image_size, auto_augment=None, interpolation='bilinear', 
                        *augment, v2.PILToTensor(), *erase])
 
 
-def small_image_transform(padding=0, flip=False, cutout=0, transform=None, mean=(0, 0, 0)):
+def small_image_transform(padding=0, flip=False, cutout=0, transform=None, crop_mode='zero', mean=(0, 0, 0)):
     """PIL image -> uint8 (3, height, width), with what `Batches` does to a batch done to one image.
 
-    padding, flip, cutout: as for `Batches`. transform: PIL image -> PIL image, after these. mean: the colour of cutout.
+    padding, flip, cutout, crop_mode: as for `Batches`. transform: PIL image -> PIL image, after these. mean: the
+    colour of cutout.
     """
     from torchvision.transforms import v2
 
     steps = [v2.RandomHorizontalFlip()] if flip else []
     if padding:
-        steps.append(lambda image: v2.RandomCrop(image.size[::-1], padding=padding)(image))
+        mode = 'constant' if crop_mode == 'zero' else crop_mode
+        steps.append(lambda image: v2.RandomCrop(image.size[::-1], padding=padding, padding_mode=mode)(image))
     if transform:
         steps.append(transform)
     steps.append(v2.PILToTensor())
