@@ -57,6 +57,7 @@ def make_parser():
                        help='densenet (2)')
     group.add_argument('--alpha', type=bounded(int, 1), metavar='N',
                        help='pyramidnet: channels that are added on the way (270)')
+    group.add_argument('--widths', metavar='A-B-C', help='airbench: channels of its three groups (64-256-256)')
     group.add_argument('--drop', '--dropout', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
     group = parser.add_argument_group('training')
@@ -144,6 +145,8 @@ def main():
     images = len(batches['train'].labels)
     if smallest_part(args, images) == 1:
         methods.rehearse(args, model, args.image_size, images=1, training_images=images, device=device)
+    if hasattr(model, 'prepare') and not (args.resume or args.init):
+        model.prepare(image_batches.spread(batches['train']))  # the same images in every process
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
         resume.check_position(state, len(batches['train']), args)

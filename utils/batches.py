@@ -105,6 +105,10 @@ class Batches:
         """How many images batch `index` has, in all processes together."""
         return min(self.batch_size, len(self.labels) - index * self.batch_size)
 
+    def normalised(self, indices):
+        """Images as they are, normalised: float (number, 3, height, width). indices: int64 (number,)."""
+        return self.normalise(self.images[indices.to(self.images.device)])
+
     def __iter__(self):
         count, local = len(self.labels), slice(distributed.rank(), None, distributed.world_size())
         images = self.images.split(self.batch_size)[local]
@@ -307,6 +311,14 @@ def input_transform(args, model):
     names = ('cutout', 'crop_padding', 'crop_mode')
     given = args.no_augment or args.auto_augment or any(getattr(args, name, None) is not None for name in names)
     return (not given and model.input_transform) or {}
+
+
+def spread(batches, number=5000):
+    """`number` images of `Batches` or `ImageBatches`, or all if there are fewer, at even distances, as a folder lists
+    its images class by class; normalised and not augmented: float (number, 3, height, width).
+    """
+    images = len(batches.labels)
+    return batches.normalised(torch.arange(min(number, images)) * images // min(number, images))
 
 
 def cut_out(images, size, centre):

@@ -69,6 +69,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('compression_rate', True,                MODEL,      True),
     ('drop_rate',        True,                MODEL,      True),
     ('alpha',            True,                MODEL,      True),
+    ('widths',           True,                MODEL,      True),
     ('base_width',       True,                MODEL,      True),
     ('pretrained',       True,                BEGIN,      True),
     ('init',             True,                BEGIN,      False),

@@ -184,6 +184,18 @@ class ImageBatches:
             size = self.transform(self.folder.blank()).numel()
         return 4 * size * len(self.labels) / 2 ** 30
 
+    def normalised(self, indices):
+        """Images as they are, normalised: float (number, 3, height, width); those that cannot be read are left out.
+
+        indices: int64 (number,). All images must be of one size, as those of a LazySplit are.
+        """
+        from torchvision.transforms import v2
+
+        indices = indices.cpu()
+        slices = [slice(start, start + self.batch_size) for start in range(0, len(indices), self.batch_size)]
+        decoded = DecodedBatches(self.folder, indices, slices, v2.PILToTensor(), seeds=(0, 0))
+        return torch.cat([images for images, _ in self._loaded(decoded)])
+
     def __iter__(self):
         """Batches without a readable image are left out."""
         images = len(self.labels)
