@@ -38,6 +38,10 @@ def make_parser():
     group = parser.add_argument_group('augmentation: by default a random crop, and mirroring unless it is digits')
     group.add_argument('--no-augment', action='store_true', help='images as they are')
     group.add_argument('--cutout', type=bounded(int, 1), metavar='N', help='also erase a square of N pixels a side')
+    group.add_argument('--crop-padding', type=bounded(int, 0), metavar='N',
+                       help='pixels around the image that the random crop may move into (4)')
+    group.add_argument('--crop-mode', choices=('zero', 'reflect'),
+                       help='what they are: zero, black, or the image mirrored at its border (zero)')
     image_batches.add_auto_augment(group, 'SVHN for digits, else of CIFAR-10')
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME',
@@ -53,6 +57,7 @@ def make_parser():
                        help='densenet (2)')
     group.add_argument('--alpha', type=bounded(int, 1), metavar='N',
                        help='pyramidnet: channels that are added on the way (270)')
+    group.add_argument('--widths', metavar='A-B-C', help='airbench: channels of its three groups (64-256-256)')
     group.add_argument('--drop', '--dropout', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
     group = parser.add_argument_group('training')
@@ -74,10 +79,16 @@ def parse_arguments():
     if args.dataset == 'digits' and 'data' in args.given:
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     conditions.check_arguments(args, parser)
-    if args.no_augment and (args.cutout or args.auto_augment):
-        parser.error(f'--no-augment and {"--cutout" if args.cutout else "--auto-augment"} exclude each other')
+    for name in ('cutout', 'crop_padding', 'crop_mode', 'auto_augment'):
+        if args.no_augment and getattr(args, name) is not None:
+            parser.error(f'--no-augment and {parser.spelling(name)} exclude each other')
+    if (args.crop_padding or 0) >= args.image_size:
+        parser.error(f'--crop-padding {args.crop_padding} must be less than the side of the images, which have '
+                     f'{args.image_size} pixels a side')
     if (args.cutout or 0) > args.image_size:
         parser.error(f'--cutout {args.cutout} is larger than the images, which have {args.image_size} pixels a side')
+    if args.crop_mode and args.crop_padding == 0:
+        parser.error('--crop-mode is not used with --crop-padding 0')
     methods.check_arguments(args, parser)
     try:
         args.arch_options = arch_options(args)
@@ -134,6 +145,8 @@ def main():
     images = len(batches['train'].labels)
     if smallest_part(args, images) == 1:
         methods.rehearse(args, model, args.image_size, images=1, training_images=images, device=device)
+    if hasattr(model, 'prepare') and not (args.resume or args.init):
+        model.prepare(image_batches.spread(batches['train']))  # the same images in every process
     optimizer = methods.build_optimizer(args, model, len(batches['train']))
     if args.resume:
         resume.check_position(state, len(batches['train']), args)
@@ -255,7 +268,9 @@ def make_batches(args, state, part, split, device, transforms={}):
             name = known.policy if args.auto_augment == 'autoaugment' else args.auto_augment
             transform = image_batches.auto_augment(name)
         move = not args.no_augment and 'train' not in transforms
-        augment = {'padding': 4 if move else 0, 'flip': known.flip and move, 'cutout': args.cutout}
+        padding = 4 if args.crop_padding is None else args.crop_padding
+        augment = {'padding': padding if move else 0, 'flip': known.flip and move, 'cutout': args.cutout,
+                   'crop_mode': args.crop_mode or 'zero'}
     if isinstance(split, own_dataset.LazySplit):
         if transforms:
             raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its '

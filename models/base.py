@@ -27,6 +27,10 @@ class ImageClassifier(nn.Module):
     method regime(self, epoch) that gives such settings.
     input_transform: {'train': f, 'eval': f}, f: PIL image -> float tensor (3, height, width), instead of the script's
     cropping, mirroring and normalising.
+
+    A method prepare(self, images) is called once, where a new run of cifar.py begins, with up to 5000 training images
+    (number, 3, height, width), normalised and not augmented, for what the network takes from them before training.
+    It must not draw random numbers. A run that begins with the weights of a file does not call it.
     """
     regime = None
     input_transform = None
@@ -104,6 +108,15 @@ def count_parameters(model):
 def global_average_pool(x):
     """(batch, channels, height, width) -> (batch, channels), for any height and width."""
     return x.mean(dim=(2, 3))
+
+
+def global_max_pool(x):
+    """(batch, channels, height, width) -> (batch, channels), for any height and width.
+
+    Where several places share the largest value they share its gradient; on CUDA that is deterministic, and the
+    gradient of AdaptiveMaxPool2d is not.
+    """
+    return x.amax(dim=(2, 3))
 
 
 def he_initialise(model):

@@ -17,6 +17,7 @@ from models import cifar as models
 from models.base import ImageClassifier, global_average_pool
 from utils import datasets
 from utils.batches import Batches, Split, auto_augment, cut_out, mean_and_std
+from utils.folders import small_image_transform
 
 CPU = torch.device('cpu')
 MEAN, STD = [120.0, 100.0, 80.0], [60.0, 50.0, 40.0]
@@ -268,6 +269,38 @@ def test_by_default_images_are_cropped_and_those_that_may_be_are_mirrored(datase
     assert (batches.padding, batches.flip, batches.cutout, batches.transform) == (4, flip, None, None)
 
 
+@pytest.mark.parametrize('flags, padding, mode', [
+    ('', 4, 'zero'), ('--crop-padding 2 --crop-mode reflect', 2, 'reflect'), ('--crop-padding 0', 0, 'zero'),
+    ('--crop-mode reflect', 4, 'reflect'),
+])
+def test_the_crop_is_as_the_flags_say_and_only_in_training(flags, padding, mode, few):
+    batches = load_batches(f'-d cifar10 {flags}')
+    assert (batches['train'].padding, batches['train'].crop_mode) == (padding, mode)
+    assert all_bytes(restored(batches['val'], few.images)) == all_bytes(batches['val'].images)
+
+
+@pytest.mark.parametrize('crop_mode', ['zero', 'reflect'])
+def test_a_transform_gets_what_the_crop_makes(crop_mode):
+    split = random_split()
+    plain, transformed = (make(split, padding=3, flip=True, transform=f, crop_mode=crop_mode) for f in (None, as_it_is))
+    assert_same(plain.shuffled(1, 0), transformed.shuffled(1, 0))
+    assert_same(transformed, make(split))  # in order nothing is moved
+    other = make(split, padding=3, flip=True, crop_mode='zero' if crop_mode == 'reflect' else 'reflect')
+    assert not any(torch.equal(images, others) for (images, _), (others, _)
+                   in zip(plain.shuffled(1, 0), other.shuffled(1, 0)))
+
+
+def test_an_image_that_is_read_alone_is_padded_alike():
+    black, white = (Image.new('RGB', (8, 8), colour) for colour in ('black', 'white'))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image = small_image_transform(padding=3, crop_mode='reflect')(white)
+        assert image.shape == (3, 8, 8) and image.eq(255).all()
+        assert small_image_transform(padding=3)(black).eq(0).all()
+    torch.manual_seed(0)
+    assert any(small_image_transform(padding=3)(white).eq(0).any() for _ in range(10))
+
+
 def test_no_augment_gives_the_images_as_they_are(few):
     batches = load_batches('-d cifar10 --no-augment')['train']
     assert all_bytes(restored(batches.shuffled(0, 0), few.images)) == all_bytes(batches.images)
@@ -372,7 +405,7 @@ def test_flags_about_augmentation_win_over_a_models_transforms(flags, few, model
     assert torch.equal(again[:40], test[:40]) and torch.equal(again[40:], test[:40])
 
 
-@pytest.mark.parametrize('flags', ['--no-augment', '--cutout 8'])
+@pytest.mark.parametrize('flags', ['--no-augment', '--cutout 8', '--crop-padding 2', '--crop-mode reflect'])
 def test_workers_are_refused_where_the_models_transforms_are_not_used(flags, model, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, f'{model} {flags}')

@@ -133,7 +133,7 @@ def groups_after(regime, step, made, epochs=4, flags=''):
 
 
 @pytest.mark.parametrize('rates', ['', '--lr-schedule cosine --warmup 1', '--lr-schedule onecycle',
-                                   '--gamma 0.5 --schedule 1 2'])
+                                   '--lr-schedule linear --lr-floor 0.1', '--gamma 0.5 --schedule 1 2'])
 def test_a_factor_between_groups_survives_every_schedule(rates):
     for step in (0, 3, 7, 13, 19):
         args, (plain, other) = groups_after(None, step, [{}, {'lr': 0.007}], flags=f'--lr 0.1 {rates}')

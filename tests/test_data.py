@@ -49,6 +49,32 @@ def test_crop_and_flip_pixel_by_pixel(seed, batch, height, width, padding):
                 assert result[i, row, column].tolist() == expected
 
 
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 1000), batch=st.integers(0, 3), height=st.integers(1, 7), width=st.integers(1, 7),
+       padding=st.integers(0, 6))
+def test_a_reflecting_crop_pixel_by_pixel(seed, batch, height, width, padding):
+    padding = min(padding, height - 1, width - 1)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (batch, height, width, 3), generator=generator).to(torch.uint8)
+    offset = torch.randint(2 * padding + 1, (batch, 2), generator=generator)
+    mirror = torch.rand(batch, generator=generator) < 0.5
+    result = crop_and_flip(images, padding, offset, mirror, 'reflect')
+    assert result.shape == images.shape and result.dtype == torch.uint8
+
+    def inside(position, side):
+        while not 0 <= position < side:
+            position = -position if position < 0 else 2 * (side - 1) - position
+        return position
+
+    for i in range(batch):
+        for row in range(height):
+            for column in range(width):
+                source_row = row + offset[i, 0].item() - padding
+                source_column = (width - 1 - column if mirror[i] else column) + offset[i, 1].item() - padding
+                expected = images[i, inside(source_row, height), inside(source_column, width)].tolist()
+                assert result[i, row, column].tolist() == expected
+
+
 def test_normalisation_is_exact_and_in_channels_last():
     split = random_split()
     mean, std = mean_and_std(split.images)

@@ -23,7 +23,7 @@ from utils.schedule import learning_rate
 
 def rates(steps_per_epoch, **flags):
     args = argparse.Namespace(**{'lr': 0.1, 'gamma': 0.1, 'schedule': None, 'lr_step_size': None, 'warmup': 0,
-                                 **flags})
+                                 'lr_start': 0, 'lr_floor': 0, **flags})
     return [learning_rate(step, steps_per_epoch, args) for step in range(args.epochs * steps_per_epoch)]
 
 
@@ -55,6 +55,15 @@ def test_onecycle_is_onecyclelr(warmup):
     assert rates(10, epochs=10, lr_schedule='onecycle', warmup=warmup) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize('start, floor, warmup', [(0, 0, 2), (0.2, 0.07, 2.3), (0.5, 1, 1), (0, 0, 0), (0.1, 0.2, 10)])
+def test_linear_climbs_and_falls_in_lines(start, floor, warmup):
+    up, down = round(10 * warmup), 100 - round(10 * warmup)
+    expected = [0.1 * (start + (1 - start) * (step + 1) / up) for step in range(up)]
+    expected += [0.1 + (0.1 * floor - 0.1) * step / down for step in range(down)]
+    values = rates(10, epochs=10, lr_schedule='linear', warmup=warmup, lr_start=start, lr_floor=floor)
+    assert values == pytest.approx(expected) and max(values) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize('schedule', ['step', 'cosine'])
 def test_warmup_climbs_in_a_line_to_the_rate_and_no_further(schedule):
     values = rates(10, epochs=8, lr_schedule=schedule, schedule=[6], warmup=2)
@@ -62,7 +71,7 @@ def test_warmup_climbs_in_a_line_to_the_rate_and_no_further(schedule):
     assert values[20] == pytest.approx(0.1) and max(values) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize('schedule', ['step', 'cosine', 'onecycle'])
+@pytest.mark.parametrize('schedule', ['step', 'cosine', 'onecycle', 'linear'])
 @pytest.mark.parametrize('warmup', [0, 0.3, 1, 3])
 @pytest.mark.parametrize('epochs, steps', [(1, 1), (3, 1), (3, 7)])
 def test_every_position_has_a_rate_between_0_and_the_highest(schedule, warmup, epochs, steps):
@@ -133,7 +142,8 @@ def test_epoch_scaling_keeps_the_number_of_steps(epochs, batch, multiplier, base
 
 @pytest.mark.parametrize('flags', ['--schedule 2 5', '--lr-step-size 2', '--schedule 3 --warmup 2',
                                    '--lr-schedule cosine',
-                                   '--lr-schedule cosine --warmup 1.5', '--lr-schedule onecycle'])
+                                   '--lr-schedule cosine --warmup 1.5', '--lr-schedule onecycle',
+                                   '--lr-schedule linear --warmup 2 --lr-start 0.2 --lr-floor 0.1'])
 @pytest.mark.parametrize('factor', [2, 3])
 def test_with_epoch_scaling_every_step_has_the_rate_that_it_has_with_the_small_batch(flags, factor):
     small = settle(f'--epochs 6 {flags}')

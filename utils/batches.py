@@ -73,7 +73,7 @@ class Batches:
     """A split on the device, as normalised float batches in channels_last.
 
     Iterating gives it in order and as it is. `shuffled(seed, epoch, first)` gives it shuffled, cropped at random after
-    padding by `padding` black pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to
+    padding by `padding` pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to
     the mean colour, from batch `first` on; a batch depends on (seed, epoch, its index) alone, and is the same on every
     device.
 
@@ -83,15 +83,18 @@ class Batches:
     transform: a function of a PIL image, cropped and mirrored, that gives a PIL image, or a float tensor (3, height,
     width) that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in
     order.
+
+    crop_mode: what the padding is, 'zero', black pixels, or 'reflect', the image mirrored at its border.
     """
 
     def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None,
-                 workers=1):
+                 workers=1, crop_mode='zero'):
         self.device, self.batch_size = torch.device(device), batch_size
         self.num_classes, self.class_counts = len(split.classes), split.class_counts()
         self.images, self.labels = split.images.to('cpu' if transform else device), split.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
         self.padding, self.flip, self.cutout, self.transform, self.workers = padding, flip, cutout, transform, workers
+        self.crop_mode = crop_mode
         # in `shuffled`; or may do so, as nobody knows a transform
         self.augments = bool(padding or flip or cutout or transform)
 
@@ -101,6 +104,10 @@ class Batches:
     def images_in(self, index):
         """How many images batch `index` has, in all processes together."""
         return min(self.batch_size, len(self.labels) - index * self.batch_size)
+
+    def normalised(self, indices):
+        """Images as they are, normalised: float (number, 3, height, width). indices: int64 (number,)."""
+        return self.normalise(self.images[indices.to(self.images.device)])
 
     def __iter__(self):
         count, local = len(self.labels), slice(distributed.rank(), None, distributed.world_size())
@@ -134,10 +141,11 @@ class Batches:
         """
         order, offsets, mirrored = (draw.to(self.images.device) for draw in draws)
         if not self.transform:
-            return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part])
+            return (crop_and_flip(self.images[order[part]], self.padding, offsets[part], mirrored[part],
+                                  self.crop_mode)
                     for part in positions)
         batches = TransformedBatches(self.images, self.padding, (order, offsets, mirrored), positions, self.transform,
-                                     seeds)
+                                     seeds, self.crop_mode)
         return read_ahead(batches, self.workers, seeds, pin_memory=self.device.type == 'cuda')
 
     def normalise(self, images):
@@ -156,9 +164,9 @@ class TransformedBatches(torch.utils.data.Dataset):
     Whatever the transform draws from, be it torch, random or NumPy, is seeded for each image, by its position.
     """
 
-    def __init__(self, images, padding, draws, positions, transform, seeds):
+    def __init__(self, images, padding, draws, positions, transform, seeds, crop_mode='zero'):
         self.images, self.padding, self.draws, self.positions = images, padding, draws, positions
-        self.transform, self.seeds = transform, seeds
+        self.transform, self.seeds, self.crop_mode = transform, seeds, crop_mode
 
     def __len__(self):
         return len(self.positions)
@@ -166,7 +174,7 @@ class TransformedBatches(torch.utils.data.Dataset):
     def __getitem__(self, index):
         part = self.positions[index]
         chosen, offset, mirror = (draw[part] for draw in self.draws)
-        images = crop_and_flip(self.images[chosen], self.padding, offset, mirror)
+        images = crop_and_flip(self.images[chosen], self.padding, offset, mirror, self.crop_mode)
         result = [self._transformed(image, position) for position, image in enumerate(images.numpy(), part.start)]
         return torch.stack(result) if result else images
 
@@ -300,7 +308,17 @@ def add_auto_augment(group, policies):
 
 def input_transform(args, model):
     """The model's own transforms of images, if it has some and no flag about augmentation is given; else {}."""
-    return (not (args.no_augment or getattr(args, 'cutout', None) or args.auto_augment) and model.input_transform) or {}
+    names = ('cutout', 'crop_padding', 'crop_mode')
+    given = args.no_augment or args.auto_augment or any(getattr(args, name, None) is not None for name in names)
+    return (not given and model.input_transform) or {}
+
+
+def spread(batches, number=5000):
+    """`number` images of `Batches` or `ImageBatches`, or all if there are fewer, at even distances, as a folder lists
+    its images class by class; normalised and not augmented: float (number, 3, height, width).
+    """
+    images = len(batches.labels)
+    return batches.normalised(torch.arange(min(number, images)) * images // min(number, images))
 
 
 def cut_out(images, size, centre):
@@ -318,15 +336,25 @@ def cut_out(images, size, centre):
     return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
-def crop_and_flip(images, padding, offset, mirror):
+def crop_and_flip(images, padding, offset, mirror, mode='zero'):
     """Pad, cut the original size back out at each image's own place, then mirror those that are to be mirrored.
 
     images: uint8 (batch, height, width, channels). offset: (batch, 2), row and column in 0..2*padding.
-    mirror: bool (batch,).
+    mirror: bool (batch,). mode: the padding is black pixels, 'zero', or the image mirrored at its border pixels, which
+    are not repeated, 'reflect', as torch.nn.functional.pad; then `padding` is less than height and width.
     """
     batch, height, width, _ = images.shape
     steps = torch.arange(max(height, width), device=images.device)
     rows = offset[:, :1] + steps[:height]
     columns = offset[:, 1:] + torch.where(mirror[:, None], width - 1 - steps[:width], steps[:width])
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    if mode == 'reflect':  # F.pad does not reflect uint8 images, so the places are reflected
+        padded = images
+        rows, columns = reflected(rows - padding, height), reflected(columns - padding, width)
+    else:
+        padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     return padded[torch.arange(batch, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def reflected(positions, side):
+    """Positions in 0..side-1; those up to side - 1 outside are mirrored at the first and the last."""
+    return side - 1 - (side - 1 - positions.abs()).abs()

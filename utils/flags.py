@@ -53,6 +53,8 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     # augmentation
     ('no_augment',       True,                ASKED,      False),
     ('cutout',           True,                ASKED,      False),
+    ('crop_padding',     True,                ASKED,      False),
+    ('crop_mode',        True,                ASKED,      False),
     ('auto_augment',     True,                ASKED,      False),
     ('random_erase',     True,                ASKED,      False),
     ('mixup',            True,                ASKED,      False),
@@ -67,6 +69,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('compression_rate', True,                MODEL,      True),
     ('drop_rate',        True,                MODEL,      True),
     ('alpha',            True,                MODEL,      True),
+    ('widths',           True,                MODEL,      True),
     ('base_width',       True,                MODEL,      True),
     ('pretrained',       True,                BEGIN,      True),
     ('init',             True,                BEGIN,      False),
@@ -85,6 +88,9 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('lr_step_size',     True,                ASKED,      False),
     ('gamma',            True,                ASKED,      False),
     ('warmup',           True,                ASKED,      False),
+    ('lr_start',         True,                ASKED,      False),
+    ('lr_floor',         True,                ASKED,      False),
+    ('bias_lr_factor',   True,                ASKED,      False),
     ('momentum',         True,                ASKED,      False),
     ('nesterov',         True,                ASKED,      False),
     ('weight_decay',     True,                ASKED,      False),
@@ -280,6 +286,9 @@ def add_training_arguments(group, train_batch, test_batch):
     group.add_argument('--batch-multiplier', type=bounded(int, 1), default=1, metavar='N',
                        help='step along the mean gradient of N batches (1)')
     group.add_argument('--test-batch', type=bounded(int, 1), default=test_batch, metavar='N', help=f'({test_batch})')
+    group.add_argument('--bias-lr-factor', type=bounded(float, 0.001, 1000), default=1.0, metavar='F',
+                       help='learning rate of BatchNorm biases, as a multiple of lr; their weight decay is divided by '
+                            'it, so that a step shrinks them as before (1)')
     group.add_argument('--clip-norm', type=bounded(float, 0, above=True), metavar='NORM',
                        help='largest norm of the gradient')
     group.add_argument('--label-smoothing', type=bounded(float, 0, 1), default=0.0, metavar='S',

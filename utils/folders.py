@@ -83,16 +83,18 @@ def training_transform(image_size, auto_augment=None, interpolation='bilinear', 
                        *augment, v2.PILToTensor(), *erase])
 
 
-def small_image_transform(padding=0, flip=False, cutout=0, transform=None, mean=(0, 0, 0)):
+def small_image_transform(padding=0, flip=False, cutout=0, transform=None, crop_mode='zero', mean=(0, 0, 0)):
     """PIL image -> uint8 (3, height, width), with what `Batches` does to a batch done to one image.
 
-    padding, flip, cutout: as for `Batches`. transform: PIL image -> PIL image, after these. mean: the colour of cutout.
+    padding, flip, cutout, crop_mode: as for `Batches`. transform: PIL image -> PIL image, after these. mean: the
+    colour of cutout.
     """
     from torchvision.transforms import v2
 
     steps = [v2.RandomHorizontalFlip()] if flip else []
     if padding:
-        steps.append(lambda image: v2.RandomCrop(image.size[::-1], padding=padding)(image))
+        mode = 'constant' if crop_mode == 'zero' else crop_mode
+        steps.append(lambda image: v2.RandomCrop(image.size[::-1], padding=padding, padding_mode=mode)(image))
     if transform:
         steps.append(transform)
     steps.append(v2.PILToTensor())
@@ -181,6 +183,18 @@ class ImageBatches:
         with batches.random_state_kept():
             size = self.transform(self.folder.blank()).numel()
         return 4 * size * len(self.labels) / 2 ** 30
+
+    def normalised(self, indices):
+        """Images as they are, normalised: float (number, 3, height, width); those that cannot be read are left out.
+
+        indices: int64 (number,). All images must be of one size, as those of a LazySplit are.
+        """
+        from torchvision.transforms import v2
+
+        indices = indices.cpu()
+        slices = [slice(start, start + self.batch_size) for start in range(0, len(indices), self.batch_size)]
+        decoded = DecodedBatches(self.folder, indices, slices, v2.PILToTensor(), seeds=(0, 0))
+        return torch.cat([images for images, _ in self._loaded(decoded)])
 
     def __iter__(self):
         """Batches without a readable image are left out."""

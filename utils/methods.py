@@ -345,12 +345,27 @@ def build_optimizer(args, model, steps_per_epoch, parameters=None):
 
 
 def parameter_groups(args, model):
-    """The parameters of `model`, in one group, except those to which a method gives options of their own."""
+    """The parameters of `model`, in one group, except those to which a method, or --bias-lr-factor, gives options of
+    their own. ValueError if the model has no BatchNorm that this flag is about.
+    """
     groups = [group for groups in _chosen(args, 'parameter_groups', model) for group in groups]
+    if args.bias_lr_factor != 1:
+        groups.append(batch_norm_biases(args, model))
     if not groups:
         return model.parameters()
     separate = {id(p) for group in groups for p in group['params']}
     return [{'params': [p for p in model.parameters() if id(p) not in separate]}, *groups]
+
+
+def batch_norm_biases(args, model):
+    """The parameter group of --bias-lr-factor: the rate times the factor, and the weight decay divided by it, as
+    cifar10-airbench has it (Jordan, arXiv 2404.00498): SGD subtracts rate * weight decay * bias, which stays the same.
+    """
+    kinds, factor = torch.nn.modules.batchnorm._BatchNorm, args.bias_lr_factor
+    biases = [module.bias for module in model.modules() if isinstance(module, kinds) and module.bias is not None]
+    if not biases:
+        raise ValueError(f'--bias-lr-factor {factor:g} is for the biases of BatchNorm, and --arch {args.arch} has none')
+    return {'params': biases, 'lr': args.lr * factor, 'weight_decay': args.weight_decay / factor}
 
 
 def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
@@ -364,6 +379,7 @@ def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
     inputs, targets = torch.zeros(images, 3, size, size), torch.zeros(images, dtype=torch.long)
     try:
         with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
+            parameter_groups(args, model)  # which refuses flags that this model has no use for
             criterion = build_criterion(args, model, [1] * model.num_classes)
             kept = memory.Kept(model, images)
             with kept.hooks:

@@ -17,7 +17,7 @@ OPTIMIZERS = {
     'Adam': functools.partial(torch.optim.Adam, lr=1e-3, weight_decay=5e-4),
     'AdamW': functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=5e-4),
 }
-RATE_FLAGS = ('optimizer', 'lr', 'lr_schedule', 'schedule', 'lr_step_size', 'gamma', 'warmup')
+RATE_FLAGS = ('optimizer', 'lr', 'lr_schedule', 'schedule', 'lr_step_size', 'gamma', 'warmup', 'lr_start', 'lr_floor')
 
 
 def add_arguments(group):
@@ -28,7 +28,8 @@ def add_arguments(group):
     group.add_argument('--optimizer', choices=OPTIMIZERS, help='(SGD, or as the model\'s regime says)')
     group.add_argument('--lr', '--learning-rate', type=bounded(float, 0),
                        help='highest learning rate (0.1, of other optimizers than SGD 0.001; or the regime\'s)')
-    group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle'), help='(step, or the regime\'s)')
+    group.add_argument('--lr-schedule', choices=('step', 'cosine', 'onecycle', 'linear'),
+                       help='(step, or the regime\'s)')
     group.add_argument('--schedule', type=bounded(int, 0), nargs='+', metavar='EPOCH',
                        help='step: when to multiply lr by --gamma (after 1/2 and 3/4 of the epochs)')
     group.add_argument('--lr-step-size', type=bounded(int, 1), metavar='N',
@@ -36,6 +37,10 @@ def add_arguments(group):
     group.add_argument('--gamma', type=bounded(float, 0), help='step: (0.1)')
     group.add_argument('--warmup', type=bounded(float, 0), metavar='EPOCHS',
                        help='climb to the schedule during these (0; onecycle: 0.3 of the epochs)')
+    group.add_argument('--lr-start', type=bounded(float, 0, 1), metavar='F',
+                       help='linear: the fraction of the highest rate from which the warm-up climbs (0)')
+    group.add_argument('--lr-floor', type=bounded(float, 0, 1), metavar='F',
+                       help='linear: the fraction of the highest rate down to which it falls (0)')
     group.add_argument('--momentum', type=bounded(float, 0, 1), help='(0.9, of RMSprop 0; or the regime\'s)')
     group.add_argument('--nesterov', action='store_true')
     group.add_argument('--optimizer-eps', type=bounded(float, 0, above=True), metavar='E',
@@ -159,6 +164,10 @@ def _fill_in_rate(args, stretch, parser):
         return
     args.lr_schedule = args.lr_schedule or 'step'
     args.gamma = 0.1 if args.gamma is None else args.gamma
+    if args.lr_schedule != 'linear':
+        for flag in sorted({'lr_start', 'lr_floor'} & args.given):
+            parser.error(f'{parser.spelling(flag)} belongs to --lr-schedule linear, not {args.lr_schedule}')
+    args.lr_start, args.lr_floor = args.lr_start or 0.0, args.lr_floor or 0.0
     if args.lr_schedule != 'step':
         for flag in sorted({'schedule', 'lr_step_size', 'gamma'} & args.given):
             parser.error(f'{parser.spelling(flag)} belongs to --lr-schedule step, not {args.lr_schedule}')
@@ -176,6 +185,8 @@ def _fill_in_rate(args, stretch, parser):
         args.warmup = 0.3 * args.epochs if args.lr_schedule == 'onecycle' else 0
     if args.warmup > args.epochs:
         parser.error(f'--warmup {args.warmup:g} is longer than the whole training; --epochs is {args.epochs}')
+    if 'lr_start' in args.given and not args.warmup:
+        parser.error('--lr-start is where the warm-up begins, and there is none without --warmup')
     args.schedule = [math.ceil(milestone * stretch) for milestone in sorted(args.schedule)]
     args.warmup *= float(stretch)
 
@@ -212,12 +223,14 @@ def learning_rate(step, steps_per_epoch, args, highest=None):
     step      highest * args.gamma ^ (milestones in args.schedule, in epochs, that are behind), or with
               args.lr_step_size ^ (how often as many epochs are behind)
     cosine    from `highest` to 0 along half a cosine
+    linear    from `highest` to args.lr_floor times it, in a line
     onecycle  up from highest / 25 to `highest`, then down to highest / 250,000, both along half a cosine
               (Smith and Topin, arXiv 1708.07120, as torch.optim.lr_scheduler.OneCycleLR, with constant momentum)
     regime    as the regime of the model says for the epoch, in proportion to `highest`, which is its first rate by
     default
 
-    The first args.warmup epochs climb linearly to the rate that follows; for onecycle they are the way up.
+    The first args.warmup epochs climb linearly to the rate that follows, for linear from args.lr_start times it; for
+    onecycle they are the way up.
     """
     highest = args.lr if highest is None else highest
     if args.lr_schedule == 'regime':
@@ -234,6 +247,9 @@ def learning_rate(step, steps_per_epoch, args, highest=None):
     step = max(step, warmup)
     if args.lr_schedule == 'cosine':
         return climb * _half_cosine(highest, 0, (step - warmup) / (steps - warmup or 1))
+    if args.lr_schedule == 'linear':
+        fallen = (step - warmup) / (steps - warmup or 1)
+        return highest * (args.lr_start + (1 - args.lr_start) * climb) * (1 - (1 - args.lr_floor) * fallen)
     epoch = int(step // steps_per_epoch)
     behind = (int(epoch / (args.lr_step_size * _stretch(args))) if args.lr_step_size
               else bisect.bisect_right(args.schedule, epoch))

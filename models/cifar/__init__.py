@@ -8,6 +8,7 @@ import inspect
 import torch.nn as nn
 
 from models.base import with_defaults
+from models.cifar.airbench import airbench
 from models.cifar.alexnet import alexnet
 from models.cifar.densenet import densenet
 from models.cifar.lenet import lenet
@@ -15,6 +16,7 @@ from models.cifar.mlp import mlp
 from models.cifar.preresnet import preactresnet18, preresnet
 from models.cifar.pyramidnet import pyramidnet
 from models.cifar.resnet import resnet, resnet18
+from models.cifar.resnet9 import resnet9
 from models.cifar.resnext import resnext
 from models.cifar.shallow import shallow
 from models.cifar.vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
@@ -28,12 +30,13 @@ MODELS = {
     'preresnet': preresnet, 'preactresnet18': preactresnet18,
     'resnext': resnext, 'wrn': wrn, 'densenet': densenet, 'pyramidnet': pyramidnet,
     'lenet': lenet, 'shallow': shallow, 'mlp': mlp,
+    'resnet9': resnet9, 'airbench': airbench,
 }
 
 OPTION_FLAGS = {
     'depth': '--depth', 'block_name': '--block-name', 'cardinality': '--cardinality', 'widen_factor': '--widen-factor',
     'growth_rate': '--growthRate', 'compression_rate': '--compressionRate', 'drop_rate': '--drop',
-    'alpha': '--alpha',
+    'alpha': '--alpha', 'widths': '--widths',
 }
 
 
