@@ -25,6 +25,9 @@ scripts-check: .venv/installed
 	$(call check,dma_cifar,--train-fraction 0.1)
 	$(call check,amp_cifar,--train-fraction 0.05)
 	$(call check,search,--train-fraction 0.5)
+	$(call check,amp_table1,--train-fraction 0.1)
+	$(call check,ldam_cifar)
+	$(call check,large_margin_authors)
 
 check = @start=$$(date +%s) && PYTHON=.venv/bin/python OUT=checkpoints/scripts-check/$(1) DATASET=digits EPOCHS=1 SEEDS=1 \
 	scripts/$(1).sh --precision bf16 $(2) && echo "$(1).sh: $$(($$(date +%s) - start)) seconds"

@@ -13,7 +13,7 @@ from utils import flags, folders, memory, methods, output, own_dataset, resume, 
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
-from utils.eval import Meter, cross_entropy, metrics_line
+from utils.eval import Meter, cross_entropy, metrics_line, predict
 from utils.flags import bounded
 from utils.parts import Parts, check_batch, smallest_part
 from utils.run import Run, headline, validate
@@ -43,6 +43,7 @@ def make_parser():
     group.add_argument('--crop-mode', choices=('zero', 'reflect'),
                        help='what they are: zero, black, or the image mirrored at its border (zero)')
     image_batches.add_auto_augment(group, 'SVHN for digits, else of CIFAR-10')
+    image_batches.add_mixing(group)
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet', choices=models.MODELS, metavar='NAME',
                        help=', '.join(models.MODELS))
@@ -58,7 +59,7 @@ def make_parser():
     group.add_argument('--alpha', type=bounded(int, 1), metavar='N',
                        help='pyramidnet: channels that are added on the way (270)')
     group.add_argument('--widths', metavar='A-B-C', help='airbench: channels of its three groups (64-256-256)')
-    group.add_argument('--drop', '--dropout', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
+    group.add_argument('--drop', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
     group = parser.add_argument_group('training')
     schedule.add_arguments(group)
@@ -79,7 +80,7 @@ def parse_arguments():
     if args.dataset == 'digits' and 'data' in args.given:
         parser.error('--data is not used by --dataset digits, which scikit-learn brings along')
     conditions.check_arguments(args, parser)
-    for name in ('cutout', 'crop_padding', 'crop_mode', 'auto_augment'):
+    for name in ('cutout', 'crop_padding', 'crop_mode', 'auto_augment', 'hflip'):
         if args.no_augment and getattr(args, name) is not None:
             parser.error(f'--no-augment and {parser.spelling(name)} exclude each other')
     if (args.crop_padding or 0) >= args.image_size:
@@ -89,6 +90,9 @@ def parse_arguments():
         parser.error(f'--cutout {args.cutout} is larger than the images, which have {args.image_size} pixels a side')
     if args.crop_mode and args.crop_padding == 0:
         parser.error('--crop-mode is not used with --crop-padding 0')
+    known = datasets.DATASETS.get(args.dataset, datasets.DATASETS['folder'])
+    if args.hflip and not known.flip:
+        parser.error(f'--hflip is not used by --dataset {args.dataset}, whose images are not mirrored')
     methods.check_arguments(args, parser)
     try:
         args.arch_options = arch_options(args)
@@ -172,7 +176,7 @@ def fit(args, state, model, optimizer, batches):
 def train(run, criterion, optimizer, epoch, args):
     """One epoch, or what is left of it; returns the mean loss and the accuracies seen on the way."""
     network = run.network.train()  # compiled; DistributedDataParallel under torchrun
-    parts = Parts(network, optimizer, args)  # a batch is one part, unless --mini-batch or processes say otherwise
+    parts = Parts(network, optimizer, args, run.pixels)  # a batch is one part, unless flags or processes split it
     for step, batch in run.steps(epoch):  # from where it stopped; progress, checks, checkpoints
         schedule.apply(optimizer, step, run.steps_per_epoch, args)  # the learning rate
         methods.before_step(run, criterion, step)  # the strength of the methods
@@ -185,6 +189,7 @@ def train(run, criterion, optimizer, epoch, args):
                     loss = criterion(outputs, targets)
                 (weight * loss).backward()
                 parts.keep(outputs, loss)
+            parts.flood(args.flood)
             if args.clip_norm:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_norm)
             return parts.logits, parts.loss
@@ -202,7 +207,7 @@ def test(batches, model, args, meter=None):
     with ProgressLine('test', -(-len(batches) // distributed.world_size())) as bar:
         for images, targets in batches:
             with autocast(args, images):
-                outputs = model(images)
+                outputs = predict(model, images, args.tta)
             meter.update(outputs, targets, cross_entropy(outputs, targets))
             bar.advance(meter)
     return meter.read_all('test')
@@ -212,6 +217,7 @@ def build(args, architecture):
     """The network that `architecture` describes, with the head and the loss terms of the chosen methods."""
     options = {name: value for name, value in architecture.items() if name in models.OPTION_FLAGS}
     model = models.build(args.arch, architecture['num_classes'], methods.build_head(args), **options)
+    model.head_dropout = args.dropout
     return methods.attach_loss_terms(args, model)
 
 
@@ -245,6 +251,9 @@ def load_batches(args, state, device, transforms):
     if 'mean' not in state:
         state['mean'], state['std'] = splits['train'].mean_and_std()
         state['classes'] = splits['train'].classes
+    if args.adversarial and transforms:
+        raise UserError(f'--adversarial needs to know the pixels, and --arch {args.arch} transforms its images itself; '
+                        'give --no-augment')
     splits['train'], val = conditions.apply(args, splits['train'])
     images = len(splits['train'].labels)
     check_batch(args, images, conditions.left_by(args))
@@ -261,7 +270,7 @@ def make_batches(args, state, part, split, device, transforms={}):
     transforms: those of the model, see `image_batches.input_transform`.
     """
     known = datasets.DATASETS.get(args.dataset, datasets.DATASETS['folder'])
-    batch_size, augment, transform = args.test_batch, {}, transforms.get('eval')
+    batch_size, augment, transform, mix = args.test_batch, {}, transforms.get('eval'), None
     if part == 'train':
         batch_size, transform = args.train_batch * args.batch_multiplier, transforms.get('train')
         if args.auto_augment:
@@ -269,16 +278,21 @@ def make_batches(args, state, part, split, device, transforms={}):
             transform = image_batches.auto_augment(name)
         move = not args.no_augment and 'train' not in transforms
         padding = 4 if args.crop_padding is None else args.crop_padding
-        augment = {'padding': padding if move else 0, 'flip': known.flip and move, 'cutout': args.cutout,
+        flip = known.flip and move and (args.hflip != 'alternating' or 'alternating')
+        augment = {'padding': padding if move else 0, 'flip': flip, 'cutout': args.cutout,
                    'crop_mode': args.crop_mode or 'zero'}
+        mix = folders.mixing(args.mixup, args.cutmix, len(split.classes))
     if isinstance(split, own_dataset.LazySplit):
         if transforms:
             raise UserError(f'--dataset {args.dataset} is read image by image, which a model with transforms of its '
                             'own cannot be trained on; give --no-augment')
+        alternate = augment.get('flip') == 'alternating'
+        augment['flip'] = augment.get('flip') is True
         one_by_one = folders.small_image_transform(**augment, transform=transform, mean=state['mean'])
-        return folders.ImageBatches(split, state['mean'], state['std'], batch_size, device, one_by_one, args.workers)
+        return folders.ImageBatches(split, state['mean'], state['std'], batch_size, device, one_by_one, args.workers,
+                                    mix, alternate=alternate)
     return image_batches.Batches(split, state['mean'], state['std'], batch_size, device, transform=transform,
-                                 workers=args.workers, **augment)
+                                 workers=args.workers, mix=mix, **augment)
 
 
 if __name__ == '__main__':

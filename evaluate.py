@@ -6,35 +6,23 @@
 
 The checkpoint knows its network and its data. The confusion matrix is written beside it.
 """
-import argparse
-import math
 import os
 
+import torch
+
 import smoothout
+from baselines.logit_adjustment import adjusted
 from utils import metrics
 from utils.bar import ProgressLine
 from utils.batches import input_transform, seeded_generator
 from utils.errors import UserError
-from utils.eval import metrics_line
-from utils.flags import Parser, bounded
+from utils.eval import logits_of, metrics_line
+from utils.flags import Parser, bounded, pixels
 from utils.lab import checkpoints
 from utils.lab.attack import Attack
 from utils.script import run_script
 
 NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
-
-
-def pixels(text):
-    """An argparse type: a share of the way from black to white, such as 8/255."""
-    try:
-        above, _, below = text.partition('/')
-        value = bounded(float, 0)(above) / bounded(float, 0)(below or '1')
-    except (argparse.ArgumentTypeError, ZeroDivisionError):
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError('must be a share of the way from black to white, from 0 to 1, such as '
-                                         f'8/255, was given {text}')
-    return value
 
 
 def parse_arguments():
@@ -47,9 +35,13 @@ def parse_arguments():
     group.add_argument('--draws', type=bounded(int, 1), default=10, metavar='K', help='how often noise is drawn (10)')
     group = parser.add_argument_group('under attack')
     group.add_argument('--attack', choices=('fgsm', 'pgd'), help='on the images, each pixel by at most --attack-eps')
-    group.add_argument('--attack-eps', type=pixels, default=8 / 255, metavar='E', help='with white - black = 1 (8/255)')
+    group.add_argument('--attack-eps', type=pixels, default=8 / 255, metavar='E',
+                       help='with white - black = 1 (8/255)')
     group.add_argument('--attack-steps', type=bounded(int, 1), default=10, metavar='N',
                        help='of pgd, 2.5 eps / N each (10)')
+    parser.add_argument('--logit-adjust', type=bounded(float, 0, above=True), metavar='TAU',
+                        help='subtract TAU log prior from each logit, with the class counts of the training set: for a '
+                             'checkpoint that was trained on other shares of the classes than it is tested on')
     args = parser.parse_args()
     for name, flags in NEEDING.items():
         for flag in flags if getattr(args, name) is None else ():
@@ -69,6 +61,8 @@ def main():
                         'give --no-augment to evaluate it on the images as they are')
     batches = checkpoints.images_of(subject, args.mode, args)
     landscape = checkpoints.landscape(subject, batches)
+    if args.logit_adjust:
+        landscape.adjust = logit_adjustment(subject, args.logit_adjust)
     predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)
     with ProgressLine(args.mode, len(batches)) as bar:
         measured = landscape.measure(meter=predictions, bar=bar)
@@ -84,6 +78,19 @@ def main():
     os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
+
+
+def logit_adjustment(subject, tau):
+    """A function outputs -> logits that are adjusted post hoc, see baselines/logit_adjustment.py."""
+    if 'logit_adjustment' in subject.args.method:
+        raise UserError(f'--logit-adjust would adjust twice, as {subject.path} was trained with --method '
+                        'logit_adjustment, which predicts with the logits as they are')
+    counts = subject.script.load_part(subject.args, subject.state, 'train').class_counts()
+    try:
+        adjusted(torch.zeros(1, len(counts)), counts, tau)
+    except ValueError as error:  # a class without training images
+        raise UserError(f'--logit-adjust: {error}') from error
+    return lambda outputs: adjusted(logits_of(outputs), counts, tau)
 
 
 def under_noise(landscape, args):

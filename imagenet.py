@@ -15,7 +15,7 @@ from utils import memory, methods, output, resume, schedule
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
-from utils.eval import Meter, cross_entropy, metrics_line
+from utils.eval import Meter, cross_entropy, metrics_line, predict
 from utils.flags import bounded
 from utils.parts import Parts, check_batch, smallest_part
 from utils.run import Run, headline, validate
@@ -42,9 +42,7 @@ def make_parser():
     image_batches.add_auto_augment(group, 'ImageNet')
     group.add_argument('--random-erase', type=bounded(float, 0, 1), default=0.0, metavar='P',
                        help='erase a rectangle of this part of the images (0)')
-    group.add_argument('--mixup', type=bounded(float, 0), default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
-    group.add_argument('--cutmix', type=bounded(float, 0), default=0.0, metavar='ALPHA',
-                       help='put a rectangle of one image into another; with --mixup, each batch one of the two (0)')
+    image_batches.add_mixing(group)
     group = parser.add_argument_group('model')
     group.add_argument('-a', '--arch', default='resnet18', choices=models.MODELS, metavar='NAME',
                        help="any of torchvision's classification models that ends in a linear layer, resnext50, "
@@ -70,7 +68,7 @@ def parse_arguments():
         parser.error('--data DIR is required, with DIR/train/CLASS/* and DIR/val/CLASS/*')
     if args.init and args.pretrained:
         parser.error('--init and --pretrained exclude each other: both say with which weights a new run begins')
-    for name in ('auto_augment', 'random_erase'):
+    for name in ('auto_augment', 'random_erase', 'hflip'):
         if args.no_augment and getattr(args, name):
             parser.error(f'--no-augment and {parser.spelling(name)} exclude each other')
     methods.check_arguments(args, parser)
@@ -169,7 +167,7 @@ def fit(args, state, model, optimizer, batches):
 def train(run, criterion, optimizer, epoch, args):
     """One epoch, or what is left of it; returns the mean loss and the accuracies seen on the way."""
     network = run.network.train()  # compiled; DistributedDataParallel under torchrun
-    parts = Parts(network, optimizer, args)  # a batch is one part, unless --mini-batch or processes say otherwise
+    parts = Parts(network, optimizer, args, run.pixels)  # a batch is one part, unless flags or processes split it
     for step, batch in run.steps(epoch):  # from where it stopped; progress, checks, checkpoints
         schedule.apply(optimizer, step, run.steps_per_epoch, args)  # the learning rate
         methods.before_step(run, criterion, step)  # the strength of the methods
@@ -182,6 +180,7 @@ def train(run, criterion, optimizer, epoch, args):
                     loss = criterion(outputs, targets)
                 (weight * loss).backward()
                 parts.keep(outputs, loss)
+            parts.flood(args.flood)
             if args.clip_norm:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_norm)
             return parts.logits, parts.loss
@@ -199,7 +198,7 @@ def test(batches, model, args, meter=None):
     with ProgressLine('test', -(-len(batches) // distributed.world_size())) as bar:
         for images, targets in batches:
             with autocast(args, images):
-                outputs = model(images)
+                outputs = predict(model, images, args.tta)
             meter.update(outputs, targets, cross_entropy(outputs, targets))
             bar.advance(meter)
     return meter.read_all('test')
@@ -215,6 +214,7 @@ def build(args, architecture, pretrained=False):
         with distributed.first_on_each_machine():
             model = models.build(args.arch, architecture['num_classes'], methods.build_head(args), pretrained,
                                  preset(args)['size'], **options)
+        model.head_dropout = args.dropout
         return methods.attach_loss_terms(args, model)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -246,14 +246,16 @@ def make_batches(args, state, part, folder, device):
     how = preset(args)
     mean, std = (state['mean'], state['std']) if state else (how['mean'], how['std'])
     transform = folders.evaluation_transform(how['size'], how['resize'], how['interpolation'])
-    batch_size, mix = args.test_batch, None
+    batch_size, mix, alternate = args.test_batch, None, False
     if part == 'train':
         batch_size = args.train_batch * args.batch_multiplier
         mix = folders.mixing(args.mixup, args.cutmix, len(folder.classes))
         if not args.no_augment:
+            alternate = args.hflip == 'alternating'
             transform = folders.training_transform(how['size'], args.auto_augment, how['interpolation'],
-                                                   args.random_erase, mean)
-    return folders.ImageBatches(folder, mean, std, batch_size, device, transform, args.workers, mix, args.strict)
+                                                   args.random_erase, mean, flip=not alternate)
+    return folders.ImageBatches(folder, mean, std, batch_size, device, transform, args.workers, mix, args.strict,
+                                alternate)
 
 
 if __name__ == '__main__':

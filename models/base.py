@@ -2,6 +2,7 @@
 import inspect
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -34,6 +35,7 @@ class ImageClassifier(nn.Module):
     """
     regime = None
     input_transform = None
+    head_dropout = 0.0  # the share of the features that is dropped before the head in training, whatever the head is
 
     def set_head(self, in_features, num_classes, classifier):
         """`classifier` is any callable (in_features, num_classes) -> module."""
@@ -54,6 +56,8 @@ class ImageClassifier(nn.Module):
 
     def classify(self, features, targets=None):
         """The head alone, features (batch, in_features)."""
+        if self.head_dropout:
+            features = F.dropout(features, self.head_dropout, self.training)
         return self.head(features, targets) if self.head_takes_targets else self.head(features)
 
     def train(self, mode=True):

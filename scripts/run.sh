@@ -4,7 +4,8 @@
 #   run FOLDER FLAG...               one run of cifar.py, if it is not finished
 #   schedule EPOCHS MILESTONE...     the milestones of a recipe of EPOCHS epochs, moved to $EPOCHS epochs, as flags
 #   only NAME WORD...                ends the script if the variable NAME has a word that is not in the list
-#   finish                           runs them all, then prints the table of $OUT; the last line of every script
+#   finish [FLAG...]                 runs them all, then prints the table of $OUT, with these flags of compare.py; the
+#                                    last line of every script
 #
 # From the environment: JOBS, how many runs are side by side (one for each core if all networks are small, otherwise
 # one); LIST=1, which prints the commands, one a line, and runs nothing; PYTHON, by default .venv/bin/python if it
@@ -81,6 +82,6 @@ finish() {
     run_all
     [ -z "${LIST:-}" ] || exit 0
     echo
-    "$PYTHON" compare.py "$OUT" || status=1
+    "$PYTHON" compare.py "$OUT" "$@" || status=1
     exit "$status"
 }

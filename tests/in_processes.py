@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import center  # noqa: E402
 import cifar  # noqa: E402
 from models import cifar as models  # noqa: E402
-from utils import distributed, methods  # noqa: E402
+from utils import distributed, folders, methods  # noqa: E402
 from utils.batches import Batches, Split, mean_and_std  # noqa: E402
 from utils.run import Run, validate  # noqa: E402
 
@@ -42,6 +42,8 @@ RUNS = {
     'center and large_margin, late': '--method center large_margin --cross-entropy-weight 1 --center-coef 0.1 '
                                      '--method-start 0.25 --clip-norm 1',
     'arcface sam': '--method arcface sam --adaptive --rho 0.3', 'momentum-sam': '--method sam --direction momentum',
+    'mixed images': '--mixup 0.4 --cutmix 1 --batch-multiplier 2', 'flooded': '--flood 2.2 --clip-norm 1',
+    'adversarial': '--adversarial 8/255 --method amp --epsilon 0.1', 'mean of weights': '--swa 0 --hflip alternating',
     'ldam': '--method ldam --deferred 0', 'logit_adjustment hinge': '--method logit_adjustment hinge',
 }
 # Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
@@ -49,6 +51,8 @@ WHOLE = {
     'a whole batch': '-a lenet', 'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 '
                                                              '--batch-multiplier 2',
     'a whole batch, amp': '-a lenet --method amp --epsilon 0.1',
+    'a whole batch, mixed and flooded': '-a lenet --mixup 0.4 --flood 2.3',
+    'a whole batch, adversarial': '-a lenet --adversarial 8/255',
     'a whole batch, climbing on a part': '-a lenet --method sam --rho 0.2 --climb-fraction 0.3',
 }
 LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-iter 2',
@@ -58,7 +62,7 @@ LOCAL = {'amp, local': '--method amp --epsilon 0.1 --local-perturbation --inner-
 def images_of(count):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Split(pixels, torch.randint(10, (count,), generator=generator), list('0123456789'))
+    return Split(pixels, torch.randperm(count, generator=generator) % 10, list('0123456789'))
 
 
 def train(flags, count):
@@ -72,18 +76,20 @@ def train(flags, count):
     model = methods.attach_loss_terms(args, model).double()
     split = images_of(count)
     mean, std = mean_and_std(split.images)
-    make = lambda size: Batches(split, mean, std, size, 'cpu', padding=4, flip=True)  # noqa: E731
+    options = {'padding': 4, 'flip': args.hflip or True, 'mix': folders.mixing(args.mixup, args.cutmix, 10)}
+    make = lambda size: Batches(split, mean, std, size, 'cpu', **options)  # noqa: E731
     batches, whole = make(args.train_batch * args.batch_multiplier), make(7)
     for each in (batches, whole):
         each.mean, each.std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     optimizer = methods.build_optimizer(args, model, len(batches))
     criterion = methods.build_criterion(args, model, batches.class_counts)
-    trained = cifar.train(Run(args, {}, model, optimizer, {'train': batches}), criterion, optimizer, 0, args)
-    tested = cifar.test(whole, model, args)
+    run = Run(args, {}, model, optimizer, {'train': batches})
+    trained = cifar.train(run, criterion, optimizer, 0, args)
+    tested = cifar.test(whole, run.to_test, args)
     weights = torch.cat([value.double().flatten() for value in model.state_dict().values()])
     agree = len({tuple(each.tolist()) for each in distributed.all_gather(weights)}) == 1
     return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'trained': trained, 'tested': tested,
-            'agree': agree}
+            'average': run.average.state_dict() if run.average else {}, 'agree': agree}
 
 
 def main():

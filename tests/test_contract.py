@@ -391,7 +391,7 @@ def test_a_harmless_flag_does_not_tell_runs_apart(few_digits, monkeypatch, tmp_p
 
 
 def test_bearpaws_names_are_read():
-    args = cifar.make_parser().parse_args('--learning-rate 0.3 --dropout 0.2 --autoaugment'.split())
+    args = cifar.make_parser().parse_args('--learning-rate 0.3 --drop 0.2 --autoaugment'.split())
     assert (args.lr, args.drop_rate, args.auto_augment) == (0.3, 0.2, 'autoaugment')
     assert imagenet.make_parser().parse_args(['--auto-augment']).auto_augment == 'autoaugment'
     assert flags.with_todays_names({'autoaugment': True}) == {'auto_augment': 'autoaugment'}

@@ -76,7 +76,7 @@ def results(tmp_path_factory):
 
 def test_two_processes_give_what_one_gives_to_nine_digits(results):
     alone, together = results
-    assert len(alone) >= 29 and alone.keys() == together.keys() - {'amp, local', 'amp, local, on a part'}
+    assert len(alone) >= 35 and alone.keys() == together.keys() - {'amp, local', 'amp, local, on a part'}
     for name in alone:
         assert together[name]['agree'], f'{name}: the processes have different weights'
         expected, found = leaves(alone[name]), leaves(together[name])

@@ -79,7 +79,7 @@ def test_the_methods_benchmark_runs():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r'^--method .* \d\.\d+  \(rounds', result.stdout,
-                          re.MULTILINE)) == 6 and ', ratio ' in result.stdout
+                          re.MULTILINE)) == 10 and ', ratio ' in result.stdout
 
 
 def test_the_benchmark_runs():

@@ -154,8 +154,8 @@ def losses(monkeypatch):
     """
     recorded, build = [], methods.build_criterion
 
-    def recording(args, model):
-        criterion = build(args, model)
+    def recording(args, model, class_counts=None):
+        criterion = build(args, model, class_counts)
 
         def record(outputs, targets):
             loss = criterion(outputs, targets)

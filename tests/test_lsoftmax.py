@@ -472,7 +472,8 @@ def test_arguments_make_a_head():
     lsoftmax.add_arguments(parser)
     head = lsoftmax.head(parser.parse_args([]))(7, 3)
     assert (head.margin, head.beta.item(), head.beta_schedule, head.beta_min) == (4, 1000, 'position', 0)
-    head = lsoftmax.head(parser.parse_args('--margin 2 --beta-schedule decay --beta 5 --beta-decay 0.5 --beta-min 1'.split()))(7, 3)
+    flags = '--margin 2 --beta-schedule decay --beta 5 --beta-decay 0.5 --beta-min 1'
+    head = lsoftmax.head(parser.parse_args(flags.split()))(7, 3)
     assert (head.margin, head.beta.item(), head.beta_decay, head.beta_min) == (2, 5, 0.5, 1)
     assert lsoftmax.head(parser.parse_args(['--beta-schedule', 'decay']))(7, 3).beta == 100
     assert head.weight.shape == (3, 7)
@@ -496,7 +497,8 @@ def test_beta_by_position_is_that_of_the_authors_files(row):
     if row < 2:  # the third configuration has no margin of its own to be chosen by
         parser = Parser()
         lsoftmax.add_arguments(parser)
-        head = lsoftmax.head(parser.parse_args(['--margin', str(g['margin'][row]), '--beta-min', '5']))(4, 3).double()
+        flags = ['--margin', str(g['margin'][row]), '--beta-min', '5']
+        head = lsoftmax.head(parser.parse_args(flags))(4, 3).double()
         for u, value, floored in zip(g['u'].tolist(), g['value'][row], g['value_min5'][row]):
             head.before_step(u)
             assert head.beta.item() == pytest.approx(value, rel=1e-6)

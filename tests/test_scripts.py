@@ -20,7 +20,8 @@ import compare
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / 'scripts').glob('*.sh') if path.name not in ('run.sh', 'keep.sh'))
 RUNS = {'dma_cifar.sh': 24, 'amp_cifar.sh': 72, 'lsoftmax_imbalanced.sh': 16, 'smoothout_large_batch.sh': 8,
-        'large_margin_mnist.sh': 24, 'all_methods.sh': 14, 'search.sh': 6}  # for each seed
+        'large_margin_mnist.sh': 24, 'all_methods.sh': 14, 'search.sh': 6, 'amp_table1.sh': 48, 'ldam_cifar.sh': 20,
+        'large_margin_authors.sh': 2}  # for each seed
 
 # Stands in for Python: writes down its arguments, and "trains" unless the folder matches $FAILING. The first trial is
 # the best.
@@ -98,7 +99,7 @@ def test_every_command_is_understood_and_has_its_baseline(script, variables, sta
     out = stage.out / 'table' if script == 'search.sh' else stage.out
     assert result.returncode == 0 and not result.stderr and result.stdout.endswith(f'\ntable of {out}\n')
     datasets = len({value(command, '--dataset') for command in commands})
-    several = {'dma_cifar.sh': 2, 'amp_cifar.sh': 3}.get(script, 1)
+    several = {'dma_cifar.sh': 2, 'amp_cifar.sh': 3, 'amp_table1.sh': 3}.get(script, 1)
     assert datasets == (1 if variables else several) and len(commands) == 2 * RUNS[script] // several * datasets
     assert len({value(command, '--checkpoint') for command in commands}) == len(commands)
     assert len({json.dumps([word for word in command if word != value(command, '--checkpoint')]) for command

@@ -288,7 +288,7 @@ def test_every_flag_of_a_method_is_in_its_group_and_refused_without_the_method(n
     group = next(group for group in cifar.make_parser()._action_groups if group.title == f'--method {name}')
     actions = {action.dest: action for action in group._group_actions}
     having = {flag: [other for other in methods.METHODS if flag in methods.flags(methods.METHODS[other])]
-              for flag in methods.flags(methods.METHODS[name])}  # amp and sam share some, the group of the first has them
+              for flag in methods.flags(methods.METHODS[name])}  # what amp and sam share is in the group of amp
     assert actions.keys() == {flag for flag, names in having.items() if names[0] == name} and actions
     for action in actions.values():
         value = '' if action.nargs == 0 else f' {action.choices[0] if action.choices else 1}'

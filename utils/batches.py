@@ -17,6 +17,7 @@ from PIL import Image
 
 from utils import device as devices, distributed
 from utils.errors import one_line
+from utils.flags import bounded
 
 # torchvision is imported where it is used: it takes a second or more.
 
@@ -75,7 +76,7 @@ class Batches:
     Iterating gives it in order and as it is. `shuffled(seed, epoch, first)` gives it shuffled, cropped at random after
     padding by `padding` pixels, mirrored at random if `flip`, and with a square of `cutout` pixels a side set to
     the mean colour, from batch `first` on; a batch depends on (seed, epoch, its index) alone, and is the same on every
-    device.
+    device. With flip='alternating' each image is mirrored in every second epoch.
 
     Among several processes `shuffled` gives each process its part of every batch, perhaps an empty one, and iterating
     gives it some of the batches, whole; len() counts them all.
@@ -84,17 +85,19 @@ class Batches:
     width) that is not normalised any more. It runs in `workers` processes, image by image, also when iterating in
     order.
 
-    crop_mode: what the padding is, 'zero', black pixels, or 'reflect', the image mirrored at its border.
+    crop_mode: what the padding is, 'zero', black pixels, or 'reflect', the image mirrored at its border. mix: None or a
+    function as of `folders.mixing`, for `shuffled`, which mixes each image with the one before it in the batch of all
+    processes.
     """
 
     def __init__(self, split, mean, std, batch_size, device, padding=0, flip=False, cutout=0, transform=None,
-                 workers=1, crop_mode='zero'):
+                 workers=1, crop_mode='zero', mix=None):
         self.device, self.batch_size = torch.device(device), batch_size
         self.num_classes, self.class_counts = len(split.classes), split.class_counts()
         self.images, self.labels = split.images.to('cpu' if transform else device), split.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
         self.padding, self.flip, self.cutout, self.transform, self.workers = padding, flip, cutout, transform, workers
-        self.crop_mode = crop_mode
+        self.crop_mode, self.mix = crop_mode, mix
         # in `shuffled`; or may do so, as nobody knows a transform
         self.augments = bool(padding or flip or cutout or transform)
 
@@ -125,19 +128,27 @@ class Batches:
         order = torch.randperm(count, generator=generator)
         offsets = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
         mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
+        if self.flip == 'alternating':
+            mirrored = alternating(count, seed, epoch)[order]
         holes = torch.stack([torch.randint(side, (count,), generator=generator) for side in (height, width)], dim=1)
-        positions = distributed.local_slices(count, self.batch_size, first)
+        positions = local = distributed.local_slices(count, self.batch_size, first)
+        if self.mix:
+            positions = [with_one_before(part, self.batch_size, count) for part in local]
         images = self._moved((order, offsets, mirrored), positions, seeds=(seed, epoch))
         labels, holes = self.labels[order.to(self.device)], holes.to(self.device)
-        for batch, position in zip(images, positions):
-            batch = self.normalise(batch)
-            yield (cut_out(batch, self.cutout, holes[position]) if self.cutout else batch), labels[position]
+        for index, (batch, position, part) in enumerate(zip(images, positions, local), first):
+            batch, targets = self.normalise(batch), labels[position]
+            batch = cut_out(batch, self.cutout, holes[position]) if self.cutout else batch
+            if self.mix:
+                batch, targets = mixed(self.mix, batch, targets, (seed, epoch), index)
+            before = len(targets) - (part.stop - part.start)
+            yield batch[before:], targets[before:]
 
     def _moved(self, draws, positions, seeds):
         """Batches of images, cropped and mirrored as `crop_and_flip` says, and through the transform if there is one.
 
         draws: for each image in the order of the epoch its index, its offset and whether it is mirrored. positions: a
-        slice of that order for each batch.
+        slice of that order, or a list of places in it, for each batch.
         """
         order, offsets, mirrored = (draw.to(self.images.device) for draw in draws)
         if not self.transform:
@@ -175,12 +186,41 @@ class TransformedBatches(torch.utils.data.Dataset):
         part = self.positions[index]
         chosen, offset, mirror = (draw[part] for draw in self.draws)
         images = crop_and_flip(self.images[chosen], self.padding, offset, mirror, self.crop_mode)
-        result = [self._transformed(image, position) for position, image in enumerate(images.numpy(), part.start)]
+        places = range(part.start, part.stop) if isinstance(part, slice) else part
+        result = [self._transformed(image, position) for position, image in zip(places, images.numpy())]
         return torch.stack(result) if result else images
 
     def _transformed(self, image, position):
         seed_everything(self.seeds, position)
         return _as_tensor(self.transform(Image.fromarray(image)))
+
+
+def alternating(images, seed, epoch):
+    """Which of the images, in their own order, are mirrored in `epoch`: half of them, and the others in the next one.
+
+    As cifar10-airbench does (Jordan, arXiv 2404.00498, section 3.6): two epochs see each image once in either way.
+    """
+    first = torch.rand(images, generator=seeded_generator(seed)) < 0.5
+    return first if epoch % 2 == 0 else ~first
+
+
+def with_one_before(local, batch_size, images):
+    """The places of a local part of a batch, a slice, led by that of the image before it in the batch of all processes.
+
+    The first image of a batch comes after its last. An empty part, and a whole batch, has nothing in front.
+    """
+    places = list(range(local.start, local.stop))
+    batch = range(local.start // batch_size * batch_size, min(-(-local.stop // batch_size) * batch_size, images))
+    if not places or len(places) == len(batch):
+        return places
+    return [places[0] - 1 if places[0] > batch.start else batch.stop - 1, *places]
+
+
+def mixed(mix, images, labels, seeds, index):
+    """Images and targets of batch `index`, mixed by `mix`; what that draws depends on (seeds, index) alone."""
+    with random_state_kept():
+        seed_everything(seeds, index, 1)  # the 1: not what the image of that position drew
+        return mix(images, labels)
 
 
 def seed_everything(seeds, *key):
@@ -306,9 +346,18 @@ def add_auto_augment(group, policies):
                        help=f'also {", ".join(AUTO_AUGMENTS)} (without NAME autoaugment: the policy of {policies})')
 
 
+def add_mixing(group):
+    """The flags about mirroring and mixing."""
+    group.add_argument('--hflip', choices=('random', 'alternating'),
+                       help='mirror each image at random, or in every second epoch (random)')
+    group.add_argument('--mixup', type=bounded(float, 0), default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
+    group.add_argument('--cutmix', type=bounded(float, 0), default=0.0, metavar='ALPHA',
+                       help='put a rectangle of one image into another; with --mixup, each batch one of the two (0)')
+
+
 def input_transform(args, model):
     """The model's own transforms of images, if it has some and no flag about augmentation is given; else {}."""
-    names = ('cutout', 'crop_padding', 'crop_mode')
+    names = ('cutout', 'crop_padding', 'crop_mode', 'hflip')
     given = args.no_augment or args.auto_augment or any(getattr(args, name, None) is not None for name in names)
     return (not given and model.input_transform) or {}
 

@@ -18,6 +18,14 @@ def logits_of(outputs):
     return outputs
 
 
+def predict(model, images, tta=None):
+    """What the model returns for images (batch, 3, height, width); with tta='mirror', test-time augmentation, the mean
+    of the logits of each image and of its mirror image.
+    """
+    outputs = model(images)
+    return outputs if tta is None else (logits_of(outputs) + logits_of(model(images.flip(-1)))) / 2
+
+
 def shown_logits(model):
     """A function outputs -> logits, detached, which training accuracy is counted on: without the head's margin."""
     head = next((module for module in model.modules() if hasattr(module, 'without_margin')), None)
@@ -33,6 +41,7 @@ def cross_entropy(outputs, targets, label_smoothing=0.0):
     """
     logits = logits_of(outputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 

@@ -59,6 +59,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('random_erase',     True,                ASKED,      False),
     ('mixup',            True,                ASKED,      False),
     ('cutmix',           True,                ASKED,      False),
+    ('hflip',            True,                ASKED,      False),
     # model
     ('arch',             True,                MODEL,      True),
     ('depth',            True,                MODEL,      True),
@@ -100,7 +101,12 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('epoch_scaling',    True,                ASKED,      False),
     ('clip_norm',        True,                ASKED,      False),
     ('label_smoothing',  True,                ASKED,      False),
+    ('dropout',          True,                ASKED,      False),
+    ('flood',            True,                ASKED,      False),
+    ('adversarial',      True,                ASKED,      False),
     ('ema',              True,                ASKED,      False),
+    ('swa',              True,                ASKED,      False),
+    ('tta',              True,                ASKED,      True),
     # method
     ('method',           True,                ASKED,      False),
     ('coef',             False,               START,      False),  # short for a method's own flag, which has the value
@@ -261,6 +267,19 @@ def bounded(kind, low=-math.inf, high=math.inf, above=False):
     return convert
 
 
+def pixels(text):
+    """An argparse type: a share of the way from black to white, such as 8/255."""
+    try:
+        above, _, below = text.partition('/')
+        value = bounded(float, 0)(above) / bounded(float, 0)(below or '1')
+    except (argparse.ArgumentTypeError, ZeroDivisionError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError('must be a share of the way from black to white, from 0 to 1, such as '
+                                         f'8/255, was given {text}')
+    return value
+
+
 def file_path(text):
     """An argparse type: a path, with ~ replaced by the home folder also where the shell did not."""
     if not text:
@@ -293,8 +312,20 @@ def add_training_arguments(group, train_batch, test_batch):
                        help='largest norm of the gradient')
     group.add_argument('--label-smoothing', type=bounded(float, 0, 1), default=0.0, metavar='S',
                        help='spread this part of each target over all classes (0)')
+    group.add_argument('--dropout', type=bounded(float, 0, 1), default=0.0, metavar='P',
+                       help='drop this part of the features before the head of any network (0)')
+    group.add_argument('--flood', type=bounded(float, 0, above=True), metavar='B',
+                       help='let the training loss not fall below B: train on |loss - B| + B')
+    group.add_argument('--adversarial', type=pixels, metavar='EPS',
+                       help='train half on images that a step of FGSM changed by EPS, such as 8/255 with white - black '
+                            '= 1')
     group.add_argument('--ema', type=bounded(float, 0, 0.999999999, above=True), metavar='DECAY',
                        help='test an exponential moving average of the weights, such as 0.999 at every step')
+    group.add_argument('--swa', type=bounded(float, 0, 0.999999), metavar='START',
+                       help='test the mean of the weights after each epoch behind this share of the training, such as '
+                            '0.75, with BatchNorm statistics of its own')
+    group.add_argument('--tta', choices=('mirror',),
+                       help='test the mean of the logits of each image and of its mirror image')
     group.add_argument('--test-every', type=bounded(int, 1), metavar='N',
                        help='test after every N epochs, and after the last (each, or so that no more images are tested '
                             'than trained on)')

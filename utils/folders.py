@@ -1,5 +1,6 @@
 """Images that do not fit in memory, such as ImageNet: listed at the start, decoded and augmented by worker processes.
 """
+import contextlib
 import csv
 import json
 import os
@@ -67,8 +68,9 @@ def read_folder(root, part):
     return Folder(paths, torch.tensor(labels, dtype=torch.int64), classes)
 
 
-def training_transform(image_size, auto_augment=None, interpolation='bilinear', random_erase=0.0, mean=IMAGENET_MEAN):
-    """PIL image -> uint8 (3, image_size, image_size): cropped, scaled and mirrored at random.
+def training_transform(image_size, auto_augment=None, interpolation='bilinear', random_erase=0.0, mean=IMAGENET_MEAN,
+                       flip=True):
+    """PIL image -> uint8 (3, image_size, image_size): cropped and scaled at random, and mirrored if `flip`.
 
     auto_augment: None or one of `AUTO_AUGMENTS`. random_erase: how probable it is that a rectangle is set to the mean
     colour (Zhong et al., arXiv 1708.04896); mean: that colour, in units of 0..255, which is rounded.
@@ -79,8 +81,9 @@ def training_transform(image_size, auto_augment=None, interpolation='bilinear', 
     policy = 'imagenet' if auto_augment == 'autoaugment' else auto_augment
     augment = [batches.auto_augment(policy, v2, interpolation=mode)] if policy else []
     erase = [v2.RandomErasing(random_erase, value=[float(round(value)) for value in mean])] if random_erase else []
-    return v2.Compose([v2.RandomResizedCrop(image_size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip(),
-                       *augment, v2.PILToTensor(), *erase])
+    flips = [v2.RandomHorizontalFlip()] if flip else []
+    return v2.Compose([v2.RandomResizedCrop(image_size, interpolation=mode, antialias=True), *flips, *augment,
+                       v2.PILToTensor(), *erase])
 
 
 def small_image_transform(padding=0, flip=False, cutout=0, transform=None, crop_mode='zero', mean=(0, 0, 0)):
@@ -156,18 +159,21 @@ class ImageBatches:
     mean, std: of each channel, in units of 0..255. transform: a function of a PIL image that gives a uint8 tensor
     (3, height, width), always of the same size. workers: how many processes read; 0: this one does.
     mix: None or a function as of `mixing`, for `shuffled`; what it draws depends on (seed, epoch, the batch's index)
-    alone.
+    alone, and each image is mixed with the one before it in the batch of all processes. alternate: mirror each image in
+    every second epoch of `shuffled`, after the transform.
 
     Files that cannot be read are left out, and are in `skipped` (path -> reason) after a pass; UserError instead if
     `strict`.
     """
 
-    def __init__(self, folder, mean, std, batch_size, device, transform, workers=1, mix=None, strict=False):
+    def __init__(self, folder, mean, std, batch_size, device, transform, workers=1, mix=None, strict=False,
+                 alternate=False):
         self.folder, self.batch_size, self.device = folder, batch_size, torch.device(device)
         self.num_classes, self.class_counts = len(folder.classes), folder.class_counts()
         self.labels = folder.labels.to(device)
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
         self.transform, self.workers, self.mix, self.strict, self.skipped = transform, workers, mix, strict, {}
+        self.alternate = alternate
         self.augments = True  # or may do so, as nobody knows the transform
 
     def __len__(self):
@@ -209,7 +215,9 @@ class ImageBatches:
         images = len(self.labels)
         order = torch.randperm(images, generator=batches.seeded_generator(seed, epoch))
         local = distributed.local_slices(images, self.batch_size, first)
-        return self._loaded(DecodedBatches(self.folder, order, local, self.transform, (seed, epoch), self.mix, first))
+        mirrored = batches.alternating(images, seed, epoch) if self.alternate else None
+        return self._loaded(DecodedBatches(self.folder, order, local, self.transform, (seed, epoch), self.mix, first,
+                                           self.batch_size, mirrored))
 
     def _loaded(self, decoded):
         failed = dict(self.skipped) if decoded.first else {}  # what was mended since the last pass is no longer
@@ -233,12 +241,13 @@ class DecodedBatches(torch.utils.data.Dataset):
     """Of each slice of `order`: images uint8 (batch, 3, height, width), labels int64 (batch,), (path, reason) of
     failures.
 
-    With `mix`, images and targets are what it makes of them. first: the index of the first batch.
+    With `mix`, images and targets are what it makes of them and of the image before them in the batch of all processes.
+    first: the index of the first batch. batch_size: of all processes. mirrored: bool, of each image of the folder.
     """
 
-    def __init__(self, folder, order, slices, transform, seeds, mix=None, first=0):
+    def __init__(self, folder, order, slices, transform, seeds, mix=None, first=0, batch_size=0, mirrored=None):
         self.folder, self.order, self.slices, self.transform = folder, order, slices, transform
-        self.seeds, self.mix, self.first = seeds, mix, first
+        self.seeds, self.mix, self.first, self.batch_size, self.mirrored = seeds, mix, first, batch_size, mirrored
 
     def __len__(self):
         return len(self.slices)
@@ -246,14 +255,17 @@ class DecodedBatches(torch.utils.data.Dataset):
     def __getitem__(self, item):
         images, labels, failures, part = [], [], [], self.slices[item]
         with batches.random_state_kept(), readers_quiet():
-            for position, index in enumerate(self.order[part].tolist(), part.start):
+            before = self._before(part) if self.mix else []
+            for position in [*before, *range(len(self.order))[part]]:
+                index = self.order[position].item()
                 try:
                     image = self.folder.image(index)
                 except ValueError as error:
                     failures.append((self.folder.name(index), str(error)))
                     continue
                 batches.seed_everything(self.seeds, position)
-                images.append(self.transform(image))
+                image = self.transform(image)
+                images.append(image.flip(-1) if self.mirrored is not None and self.mirrored[index] else image)
                 labels.append(self.folder.labels[index])
             if images:
                 images, labels = torch.stack(images), torch.stack(labels)
@@ -263,7 +275,23 @@ class DecodedBatches(torch.utils.data.Dataset):
                 # the 1: not what the image of that position drew
                 batches.seed_everything(self.seeds, self.first + item, 1)
                 images, labels = self.mix(images.float(), labels)
+                images, labels = images[len(before):], labels[len(before):]
         return images, labels, failures
+
+    def _before(self, part):
+        """The place of the image before the local part in the batch of all processes, a list of at most one.
+
+        It is the nearest that can be read, as it would be in one process.
+        """
+        places = batches.with_one_before(part, self.batch_size, len(self.order))
+        if len(places) == part.stop - part.start:
+            return []
+        batch = range(part.start // self.batch_size * self.batch_size, places[0] + 1)
+        for place in reversed(batch):
+            with contextlib.suppress(ValueError):
+                self.folder.image(self.order[place].item())
+                return [place]
+        return []
 
 
 def report_skipped(batches_of, path=None):

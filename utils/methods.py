@@ -253,8 +253,8 @@ def build_criterion(args, model, class_counts=None):
             raise ValueError(f'the loss term of --method {name} is a module, which cannot have class_counts, as the '
                              'network is built before the data are read')
         if term is not None:
-            layers = _call(METHODS[name].layers, args) if hasattr(METHODS[name], 'layers') else ()
-            terms.append((term, Activations(model, layers)))
+            layers = _call(METHODS[name].layers, args) if hasattr(METHODS[name], 'layers') else None
+            terms.append((term, Activations(model, layers) if layers else None))
     return Criterion(terms, weight, args.label_smoothing)
 
 
@@ -262,14 +262,15 @@ class Criterion:
     """What `build_criterion` returns. strength: from 0 to 1, of the loss terms, as the newest `before_step` said."""
 
     def __init__(self, terms, cross_entropy_weight, label_smoothing):
-        """terms: pairs of a loss term and its `Activations`."""
+        """terms: pairs of a loss term and its `Activations`, or None if it looks at no layer."""
         self.terms, self.label_smoothing, self.strength = terms, label_smoothing, 1.0
         self.weight_of_cross_entropy = cross_entropy_weight
 
     def before_step(self, behind, strength):
         self.strength = strength
         for term, activations in self.terms:
-            activations.active = strength > 0
+            if activations:
+                activations.active = strength > 0
             if hasattr(term, 'before_step') and not isinstance(term, nn.Module):  # modules are told with the network
                 term.before_step(behind, strength)
 
@@ -287,7 +288,8 @@ class Criterion:
         if self.strength == 0:
             # Gradients of 0, as DistributedDataParallel waits for those of all parameters.
             return sum(0 * p.sum() for term, _ in self.terms if isinstance(term, nn.Module) for p in term.parameters())
-        terms = sum(term(outputs, targets, activations.read()) for term, activations in self.terms)
+        terms = sum(term(outputs, targets, activations.read() if activations else [])
+                    for term, activations in self.terms)
         return terms if self.strength == 1 else self.strength * terms
 
 

@@ -28,6 +28,7 @@ class Parts:
             loss = criterion(outputs, targets)             # the mean over the part
             (weight * loss).backward()                     # all parts of all processes: the mean over the batch
             parts.keep(outputs, loss)
+        parts.flood(args.flood)                            # --flood
         return parts.logits, parts.loss
 
     A batch is one part. With --mini-batch N it is cut into ghost batches of N images (Hoffer et al., arXiv
@@ -36,14 +37,19 @@ class Parts:
     BatchNorm's running statistics are combined after it. A process without images passes two blank ones with weight 0,
     as the others wait for it.
 
+    With --adversarial each part passes twice, with half the weight: as it is, and after a step of the fast gradient
+    sign method along the gradient that the first backward left at the images (Goodfellow et al., arXiv 1412.6572,
+    section 6). What is kept is of the first.
+
     network: `Run.network`, in training mode. optimizer: told by `next_part(parts)`, where it has that, that the noise
     on the weights must be new; where its `local_pass` is true, gradients are not averaged; its `pass_fraction`, where
-    it is below 1, is the share of the batch that the pass is over.
+    it is below 1, is the share of the batch that the pass is over. pixels: a `Pixels`, for --adversarial.
     """
 
-    def __init__(self, network, optimizer, args):
+    def __init__(self, network, optimizer, args, pixels=None):
         self.network, self.optimizer = network, optimizer
         self.statistics, self.shown_logits = BatchNormStatistics(network), shown_logits(network)
+        self.adversarial, self.pixels = args.adversarial, pixels
         self.ghost_batch, self.mini_batch = ghost_batch(args), args.mini_batch
         self.noise_batch = args.mini_batch or args.train_batch
         self.local_batch = args.train_batch * args.batch_multiplier // distributed.world_size()
@@ -51,7 +57,8 @@ class Parts:
 
     def of(self, batch):
         """(images, targets, weight) of each part of a `Batch`; the weight is a number."""
-        batch = self._to_pass(batch)
+        batch, passes = self._to_pass(batch), 2 if self.adversarial else 1
+        self.batch_size = batch.size
         images, targets = batch.images, batch.targets
         self.kept_logits, self.kept_losses, self.local_images, noise_index = [], [], len(targets), 0
         expected = min(max(batch.size - self.rank_offset, 0), self.local_batch)
@@ -60,13 +67,20 @@ class Parts:
         if not parts:
             parts = [(images.new_zeros(2, *images.shape[1:]), targets.new_zeros(2, *targets.shape[1:]))]
         averaged = not getattr(self.optimizer, 'local_pass', False)
-        with self.statistics.combined(len(sizes)):
+        with self.statistics.combined(passes * len(sizes)):
             for index, (images, targets) in enumerate(parts):
                 noise_index = self._renew_noise(noise_index, self.rank_offset + index * self.ghost_batch, batch.size)
                 self.part_images = len(targets)
                 weight = len(targets) * distributed.world_size() / batch.size if self.local_images else 0.0
-                with self._averaging(now=averaged and index == len(parts) - 1):
-                    yield images, targets, weight
+                last = averaged and index == len(parts) - 1
+                with self._averaging(now=last and passes == 1):
+                    self.keeping = True
+                    yield images.requires_grad_() if passes == 2 else images, targets, weight / passes
+                if passes == 2:
+                    with self._averaging(now=last):
+                        self.keeping = False
+                        moved = self.pixels.uphill(images.detach(), images.grad, self.adversarial)
+                        yield moved, targets, weight / passes
         self._renew_noise(noise_index, batch.size, batch.size)  # as often as in every other process
 
     def _to_pass(self, batch):
@@ -90,8 +104,23 @@ class Parts:
 
     def keep(self, outputs, loss):
         """What `logits` and `loss` are made of; to be called once for each part."""
-        self.kept_logits.append(self.shown_logits(outputs))
-        self.kept_losses.append(loss.detach() * (self.part_images / max(self.local_images, 1)))
+        if self.keeping:
+            self.kept_logits.append(self.shown_logits(outputs))
+            self.kept_losses.append(loss.detach() * (self.part_images / max(self.local_images, 1)))
+
+    def flood(self, level):
+        """Make the gradients those of |loss - level| + level, unless `level` is None (Ishida et al., arXiv 2002.08709).
+
+        The loss is the mean over all images of the pass, of all processes; where it is below `level`, the step goes up.
+        Nothing here waits for the device.
+        """
+        if level is None:
+            return
+        loss = self.loss
+        if distributed.active() and not getattr(self.optimizer, 'local_pass', False):
+            loss = distributed.all_reduce(loss.double() * (self.local_images / self.batch_size))
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, torch.sign(loss - level).to(gradients[0].dtype))
 
     @property
     def logits(self):

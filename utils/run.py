@@ -7,11 +7,11 @@ import signal
 import time
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.base import count_parameters
 from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, output, resume
 from utils import schedule
+from utils.averages import average_of_weights, estimate_statistics
 from utils.bar import ProgressLine
 from utils.batches import reader_lost
 from utils.errors import Stopped, UserError, one_line
@@ -19,6 +19,7 @@ from utils.eval import Meter, metrics_line, quantities
 from utils.files import NotWritten, digest, write_json
 from utils.logger import Logger, plot_log
 from utils.parts import Batch, check_parts, single_image_explained
+from utils.pixels import Pixels
 
 
 class Run:
@@ -37,7 +38,8 @@ class Run:
     `ImageBatches`.
 
     network           the model to train: compiled with --compile, in DistributedDataParallel among several processes
-    to_test           the model to test: with --ema the moving average of the weights
+    to_test           the model to test: with --ema the moving average of the weights, with --swa their mean
+    pixels            what black and white are in its images, for --adversarial
     selection         the split that chooses the best epoch: 'val' if there is one, else 'test'
     test_every        it is tested on after so many epochs, and after the last
     steps_per_epoch   batches in an epoch, of all processes together
@@ -51,10 +53,11 @@ class Run:
         self.args, self.state, self.model, self.optimizer, self.batches = args, state, model, optimizer, batches
         self.selection = 'val' if 'val' in batches else 'test'
         self.steps_per_epoch = len(batches['train'])
-        self.average = moving_average(args, state, model, optimizer)
+        self.average = average_of_weights(args, state, model, optimizer)
+        self.pixels = Pixels(batches['train'].mean, batches['train'].std) if args.adversarial else None
         compiled = torch.compile(model) if args.compile else model
         self.network = distributed.data_parallel(compiled)
-        self.to_test = self.average.module if self.average else compiled
+        self.compiled = compiled
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
@@ -141,6 +144,18 @@ class Run:
                 asked = time.perf_counter()
         self.bar = None
         self._check_losses(self.meter.of_all_processes(), epoch)
+        if args.swa is not None and epoch + 1 > args.swa * args.epochs:
+            self.average.update_parameters(self.model)
+            estimate_statistics(self.average, batches, args, epoch)
+
+    @property
+    def averaging(self):
+        """Whether the weights to test are an average; with --swa only from its start on."""
+        return self.average is not None and (self.args.swa is None or self.average.n_averaged > 0)
+
+    @property
+    def to_test(self):
+        return self.average.module if self.averaging else self.compiled
 
     @property
     def test_every(self):
@@ -201,7 +216,7 @@ class Run:
         random_states = distributed.all_gather(checkpoint.random_state())
         self.state.update(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                           random_state=random_states[0], other_random_states=random_states[1:],
-                          ema=self.average.state_dict() if self.average else None,
+                          ema=self.average.state_dict() if self.averaging else None,
                           step=step, meter=meter, seconds=seconds)
         if distributed.is_first():
             self.state['log'] = [line[:-1] for line in self.logger.lines]  # all but the seconds
@@ -218,7 +233,7 @@ class Run:
             chosen = checkpoint.read(self.in_folder(output.BEST)) if distributed.is_first() else None
             chosen = distributed.broadcast(chosen)
             best, epoch = chosen['best'], chosen['epoch']
-            uncompiled = self.average.module if self.average else self.model
+            uncompiled = self.average.module if self.averaging else self.model
             checkpoint.load_weights(uncompiled, checkpoint.weights_to_test(chosen), self.in_folder(output.BEST))
         predictions = self.predictions
         if predictions is None:
@@ -305,6 +320,10 @@ def validate(args, state, regime, parser):
     args.inherited = {name: value for name, value in vars(args).items()
                       if name in parser.names() and flags.meaning(name).resume != flags.START}
     check_parts(args, parser)
+    if args.ema and args.swa is not None:
+        parser.error('--ema and --swa exclude each other: both say which average of the weights to test')
+    if args.adversarial == 0:
+        parser.error('--adversarial 0 changes no image; give a number above 0, such as 8/255')
     try:
         schedule.fill_in(args, regime, parser, methods.default_lr(args))
         if state and not args.evaluate:
@@ -313,17 +332,6 @@ def validate(args, state, regime, parser):
         methods.build_optimizer(args, blank, steps_per_epoch=1, parameters=blank.parameters())
     except ValueError as error:
         parser.error(str(error))
-
-
-def moving_average(args, state, model, optimizer):
-    """The moving average of the weights and buffers of `model` over optimizer steps, or None without --ema."""
-    if not args.ema:
-        return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-    if state.get('ema'):
-        checkpoint.load_weights(average, state['ema'], args.resume)
-    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-    return average
 
 
 def headline(args, architecture, model, device):

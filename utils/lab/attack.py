@@ -2,6 +2,7 @@
 import torch
 
 from utils.eval import cross_entropy
+from utils.pixels import Pixels
 
 
 class Attack:
@@ -20,12 +21,12 @@ class Attack:
     def __init__(self, kind, outputs, epsilon, steps, mean, std, generator):
         self.kind, self.outputs, self.epsilon, self.generator = kind, outputs, epsilon, generator
         self.steps, self.step = (1, epsilon) if kind == 'fgsm' else (steps, 2.5 * epsilon / steps)
-        self.unit = (255 / std).view(3, 1, 1)  # a change of 1 between black and white, as it is after normalising
-        self.black, self.white = ((colour - mean).view(3, 1, 1) / std.view(3, 1, 1) for colour in (0, 255))
+        self.pixels = Pixels(mean, std)
 
     def __call__(self, inputs, targets):
-        reach = self.epsilon * self.unit
-        low, high = torch.maximum(inputs - reach, self.black), torch.minimum(inputs + reach, self.white)
+        unit, black, white = self.pixels.unit, self.pixels.black, self.pixels.white
+        reach = self.epsilon * unit
+        low, high = torch.maximum(inputs - reach, black), torch.minimum(inputs + reach, white)
         moved = inputs
         if self.kind == 'pgd':
             start = torch.rand(inputs.shape, generator=self.generator, device=inputs.device)
@@ -34,5 +35,5 @@ class Attack:
             with torch.enable_grad():
                 moved = moved.detach().requires_grad_()
                 gradient, = torch.autograd.grad(cross_entropy(self.outputs(moved), targets), moved)
-            moved = (moved + self.step * self.unit * gradient.sign()).clamp(low, high)
+            moved = (moved + self.step * unit * gradient.sign()).clamp(low, high)
         return moved.detach()
