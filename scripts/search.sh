@@ -9,7 +9,8 @@
 #   scripts/search.sh [flags for every run]
 #   DATASET=digits FRACTION=0.5 METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
 #
-# From the environment: DATASET; METHODS, one or several, to which none is added; FRACTION of the training set; EPOCHS;
+# From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
+# smoothing mixup dropout flooding, and amp-late, which begins when 0.7 of the training is behind; FRACTION of the training set; EPOCHS;
 # TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); PYTHON. More in
 # run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
@@ -19,7 +20,7 @@ METHODS=${METHODS//none/}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
-only METHODS dma lsoftmax amp smoothout large_margin
+only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface smoothing mixup dropout flooding
 
 # Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
 recipe="--dataset $DATASET --arch lenet --train-fraction $FRACTION --epochs $EPOCHS --test-every $EPOCHS
@@ -32,16 +33,25 @@ grid() {  # the trials of method $1, one a line
                             "--lr 0.02 --wd 0.005" "--lr 0.05 --wd 0.005" "--lr 0.1 --wd 0.005" ;;
         dma) printf -- '--dma-coef %s\n' 0.01 0.03 0.1 0.3 1 3 ;;
         lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 5 2 1 2 0 4 5 4 1 4 0 ;;
-        amp) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
+        amp|amp-late) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         smoothout) printf -- '--ss %s\n' 0.002 0.005 0.01 0.02 0.05 0.1 ;;
         large_margin) printf -- "--large-margin-gamma %s --large-margin-coef %s\n" 5 0.1 5 0.3 5 1 \
                                 10000 0.1 10000 0.3 10000 1 ;;
+        sam) printf -- '--rho %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
+        momentum-sam) printf -- '--rho %s\n' 0.03 0.1 0.3 1 3 10 ;;
+        arcface) printf -- '--scale %s --angular-margin %s\n' 10 0 10 0.2 10 0.5 30 0 30 0.2 30 0.5 ;;
+        smoothing) printf -- '--label-smoothing %s\n' 0.05 0.1 0.2 0.3 0.5 0.7 ;;
+        mixup) printf -- '--mixup %s\n' 0.1 0.2 0.5 1 2 4 ;;
+        dropout) printf -- '--dropout %s\n' 0.1 0.2 0.3 0.5 0.7 0.9 ;;
+        flooding) printf -- '--flood %s\n' 0.05 0.1 0.2 0.5 1 1.5 ;;
     esac
 }
 
 flags() {  # the flags of a trial $2 of method $1
     case $1 in
-        none) echo "$2" ;;
+        none|smoothing|mixup|dropout|flooding) echo "$2" ;;
+        amp-late) echo "--method amp --method-start 0.7 $2" ;;
+        momentum-sam) echo "--method sam --direction momentum $2" ;;
         large_margin) echo "--method large_margin $layers $2" ;;
         *) echo "--method $1 $2" ;;
     esac
@@ -89,4 +99,4 @@ for method in none $METHODS; do
     done
 done
 OUT=$OUT/table
-finish
+finish --baseline '(none)'
