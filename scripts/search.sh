@@ -10,9 +10,10 @@
 #   DATASET=digits FRACTION=0.5 METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
-# smoothing mixup dropout flooding, and amp-late, which begins when 0.7 of the training is behind; FRACTION of the training set; EPOCHS;
-# TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); PYTHON. More in
-# run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+# smoothing mixup dropout flooding, and amp-late, which begins when 0.7 of the training is behind; FRACTION of the
+# training set; EPOCHS; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below
+# OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of
+# the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
