@@ -2,6 +2,7 @@
 ways to test.
 """
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from utils.parts import Parts
 from utils.pixels import Pixels
 from utils.run import validate
 
+GOLDEN = np.load(pathlib.Path(__file__).parent / 'goldens/rivals.npz')
 SHORT = '-d digits --depth 8 --lr-schedule onecycle --train-batch 16 --manualSeed 3'
 
 
@@ -203,7 +205,29 @@ def test_flooding_is_of_the_mean_over_the_whole_batch_and_zero_exactly_at_it():
         assert all((p.grad == sign).all() for p in steps.model.parameters())
 
 
+def test_golden_of_flooding():
+    g = {name: torch.tensor(GOLDEN[f'flooding/{name}']) for name in ('batch_loss', 'batch_grad', 'levels', 'grad')}
+    weights = torch.nn.Linear(1, g['batch_grad'].shape[1], bias=False).double()
+    parser = cifar.make_parser()
+    parts = Parts(weights, None, parser.parse_args([]))
+    parts.local_images = parts.batch_size = 8
+    for level, expected in zip(g['levels'].tolist(), g['grad']):
+        for loss, gradient, wanted in zip(g['batch_loss'], g['batch_grad'], expected):
+            parts.kept_losses, weights.weight.grad = [loss], gradient[:, None].clone()
+            parts.flood(level)
+            assert torch.equal(weights.weight.grad[:, 0], wanted)
+
+
 # Adversarial images
+
+@pytest.mark.parametrize('epsilon', GOLDEN['fgsm/epsilons'].tolist())
+def test_golden_of_fgsm(epsilon):
+    """Features between 0 and 1, here as the pixels of an image of one row."""
+    x, gradient = (torch.tensor(GOLDEN[f'fgsm/{name}'])[:, None, None].expand(-1, 3, 1, -1) for name in ('x', 'gx'))
+    key = next(key for key in GOLDEN.files if key.startswith(f'fgsm/eps{epsilon:g}/') and key.endswith('01/x_adv'))
+    moved = Pixels(torch.zeros(3), torch.full((3,), 255.0)).uphill(x, gradient, epsilon)
+    np.testing.assert_allclose(moved[:, 0, 0], GOLDEN[key], rtol=0, atol=1e-9)
+
 
 @pytest.mark.parametrize('flags', ['', '--mini-batch 4', '--method dma amp --epsilon 0.1', '--method lsoftmax'])
 def test_half_of_the_gradient_is_that_of_adversarial_images(flags):

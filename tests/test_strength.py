@@ -1,9 +1,11 @@
 """--method-start and --method-ramp, and whatever else follows the position in training."""
-import torch
-import pytest
+import copy
 
-import cifar
+import pytest
+import torch
+
 import center
+import cifar
 from helpers import broken_off, call, refused, unrecorded
 from models import cifar as models
 from utils import datasets, methods, schedule
@@ -16,7 +18,7 @@ SHORT = '-d digits --depth 8 --lr-schedule onecycle --train-batch 16 --manualSee
 class Training:
     """Steps of cifar.py on random images, four an epoch, without a folder."""
 
-    def __init__(self, flags):
+    def __init__(self, flags, dtype=torch.float32):
         parser = cifar.make_parser()
         self.args = parser.parse_args(f'--train-batch 8 --manualSeed 1 --lr 0.05 --epochs 2 {flags}'.split())
         methods.check_arguments(self.args, parser)
@@ -24,8 +26,9 @@ class Training:
         torch.manual_seed(0)
         split = Split(torch.randint(256, (32, 32, 32, 3), dtype=torch.uint8), torch.arange(32) % 7 % 4, list('abcd'))
         self.model = models.build('resnet', 4, methods.build_head(self.args), depth=8)
-        methods.attach_loss_terms(self.args, self.model)
+        methods.attach_loss_terms(self.args, self.model).to(dtype)
         self.batches = Batches(split, *split.mean_and_std(), 8, 'cpu')
+        self.batches.mean, self.batches.std = self.batches.mean.to(dtype), self.batches.std.to(dtype)
         self.optimizer = methods.build_optimizer(self.args, self.model, len(self.batches))
         self.criterion = methods.build_criterion(self.args, self.model, self.batches.class_counts)
         self.run = unrecorded(self.args, self.model, self.optimizer, self.batches)
@@ -200,3 +203,45 @@ def test_a_checkpoint_from_before_beta_had_a_schedule_resumes_with_its_decay(few
 ])
 def test_what_cannot_work_is_refused(flags, sentence, monkeypatch, capsys, tmp_path):
     assert sentence in refused(monkeypatch, capsys, tmp_path, f'-d digits {flags}')
+
+
+@pytest.mark.parametrize('flags, fraction, sizes', [
+    ('', 0.25, [[2], [8]]), ('', 0.3, [[4], [8]]), ('', 0.99, [[8], [8]]), ('--mini-batch 4', 0.25, [[4], [4, 4]]),
+    ('--mini-batch 4 --batch-multiplier 2', 0.25, [[4], [4, 4, 4, 4]]),
+    ('--mini-batch 4 --batch-multiplier 2', 0.4, [[4, 4], [4, 4, 4, 4]]),
+    ('--batch-multiplier 2', 0.75, [[8, 4], [8, 8]]), ('--train-batch 9', 0.25, [[4], [9]])])
+def test_climbing_on_a_part_is_a_step_of_sam_by_hand(flags, fraction, sizes):
+    training = Training(f'--momentum 0 --wd 0 --lr-schedule step {flags} --method sam --rho 0.3 '
+                        f'--climb-fraction {fraction}', torch.float64)
+    size = training.args.train_batch * training.args.batch_multiplier
+    training.batches.batch_size = size
+    batch, passes = next(iter(training.run.steps(0)))[1], []
+    training.model.register_forward_pre_hook(lambda model, inputs: passes.append(len(inputs[0])))
+    by_hand = copy.deepcopy(training.model)
+    training.run.steps = lambda epoch: iter([(0, batch)])
+    measured = cifar.train(training.run, training.criterion, training.optimizer, 0, training.args)
+    assert passes == [size for each in sizes for size in each]
+
+    def gradient(parts):
+        by_hand.train().zero_grad()
+        losses, images, targets = [], batch.images, batch.targets
+        for part in parts:
+            loss = torch.nn.functional.cross_entropy(by_hand(images[:part]), targets[:part], reduction='sum')
+            (loss / sum(parts)).backward()
+            losses.append(loss.item())
+            images, targets = images[part:], targets[part:]
+        return [p.grad.clone() for p in by_hand.parameters()], sum(losses) / sum(parts)
+
+    climb, _ = gradient(sizes[0])
+    length = torch.cat([g.flatten() for g in climb]).norm()
+    theta = [p.detach().clone() for p in by_hand.parameters()]
+    with torch.no_grad():
+        for p, g in zip(by_hand.parameters(), climb):
+            p.add_(0.3 * g / length)
+    statistics = [buffer.clone() for buffer in by_hand.buffers()]
+    descent, loss = gradient(sizes[1])
+    for ours, start, g in zip(training.model.parameters(), theta, descent):
+        torch.testing.assert_close(ours, start - 0.05 * g, rtol=1e-9, atol=1e-12)
+    assert measured['Loss'] == pytest.approx(loss)  # of the pass over the whole batch, at the perturbed weights
+    for ours, expected in zip(training.model.buffers(), statistics):
+        torch.testing.assert_close(ours, expected)  # of the climb, at theta

@@ -19,11 +19,16 @@ from utils.eval import shown_logits
 from utils.logger import read_log
 
 HEADS, OPTIMIZERS = {'dma', 'lsoftmax'}, {'amp', 'smoothout'}
-PAIRS = [pair for pair in itertools.combinations(methods.METHODS, 2) if set(pair) not in (HEADS, OPTIMIZERS)]
+RIVALS = {name for name, module in methods.METHODS.items() if module.__name__.startswith('baselines.')}
+PAIRS = [pair for pair in itertools.combinations(methods.METHODS, 2) if set(pair) not in (HEADS, OPTIMIZERS)
+         and not RIVALS & set(pair)]
+WITH_RIVALS = [('dma', 'sam'), ('large_margin', 'arcface', 'smoothout'), ('amp', 'ldam'),
+               ('lsoftmax', 'logit_adjustment', 'sam'), ('smoothout', 'hinge')]
 # Large Margin looks inside, SmoothOut's noise changes during training, and both are resumed too.
 FLAGS = {'large_margin': '--large-margin-layers input layer2 --top-k 2 --cross-entropy-weight '
                          '1', 'lsoftmax': '--margin 3 --beta 5',
-         'amp': '--inner-iter 2 --epsilon 0.1', 'smoothout': '--smoothing-type tanh --adapt-type filter', 'dma': ''}
+         'amp': '--inner-iter 2 --epsilon 0.1', 'smoothout': '--smoothing-type tanh --adapt-type filter', 'dma': '',
+         'sam': '--direction momentum', 'ldam': '--deferred 0.5'}
 
 
 def arguments(text):
@@ -53,7 +58,7 @@ class Run:
         self.batches = Batches(split, *mean_and_std(split.images), args.train_batch * args.batch_multiplier,
                                     torch.device('cpu'), 4, True)
         self.optimizer = methods.build_optimizer(args, self.model, len(self.batches))
-        self.criterion = methods.build_criterion(args, self.model)
+        self.criterion = methods.build_criterion(args, self.model, self.batches.class_counts)
         self.run = unrecorded(args, self.model, self.optimizer, self.batches)
 
     def train(self, epoch):
@@ -83,9 +88,14 @@ def assert_same(state, other):
         assert torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key], key
 
 
-@pytest.mark.parametrize('options', ['', '--mini-batch 4 --batch-multiplier 2 --clip-norm 1 --precision bf16'])
-@pytest.mark.parametrize('names', [*((name,) for name in methods.METHODS), *PAIRS, ('dma', 'large_margin', 'amp'),
-                                   ('lsoftmax', 'large_margin', 'smoothout')], ids=' '.join)
+IN_PARTS = '--mini-batch 4 --batch-multiplier 2 --clip-norm 1 --precision bf16'
+COMBINED = [*((name,) for name in methods.METHODS), *PAIRS, *WITH_RIVALS, ('dma', 'large_margin', 'amp'),
+            ('lsoftmax', 'large_margin', 'smoothout')]
+
+
+@pytest.mark.parametrize('names, options', [
+    pytest.param(names, options, id=f'{" ".join(names)} {options}') for names in COMBINED
+    for options in ('', IN_PARTS) if options or not RIVALS & set(names)])
 def test_every_pair_trains_and_resumes_bit_for_bit(names, options, tmp_path):
     args = arguments(f'{selected(names)} {options}')
     whole = Run(args)

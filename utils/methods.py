@@ -69,6 +69,7 @@ METHODS = {name.rpartition('.')[2]: importlib.import_module(name) for name in (
     'amp',
     'smoothout',
     'large_margin',
+) + (
     'baselines.sam',
     'baselines.arcface',
     'baselines.ldam',
@@ -245,7 +246,9 @@ def build_criterion(args, model, class_counts=None):
     """
     weight = math.prod(_chosen(args, 'cross_entropy_weight'))
     if args.label_smoothing and not weight:
-        raise ValueError('--label-smoothing does nothing without cross-entropy; give it a --cross-entropy-weight')
+        hint = '; give it a --cross-entropy-weight' if 'large_margin' in args.method else ''
+        raise ValueError(f'--label-smoothing does nothing without cross-entropy, which --method '
+                         f'{" ".join(args.method)} does without{hint}')
     attached, terms = getattr(model, 'loss_terms', {}), []
     for name in args.method:
         term = attached[name] if name in attached else _loss_term(args, name, model, class_counts)
@@ -312,11 +315,10 @@ def before_step(run, criterion, step):
     for part in (*run.told_before_steps, criterion):
         if hasattr(part, 'before_step'):
             part.before_step(step / steps, now)
-    if args.method_start or args.method_ramp:
-        names = {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}
-        for group in run.optimizer.param_groups:
-            made = made_with(group)
-            group.update({name: now * made[name] for name in names & made.keys()})
+    scaled = {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}
+    for group in run.optimizer.param_groups if scaled else ():
+        made = made_with(group)
+        group.update({option: now * made[option] for option in scaled & made.keys()})
 
 
 def default_lr(args):
