@@ -9,7 +9,7 @@ import torch
 
 from models import cifar as models
 from utils import batches as image_batches, checkpoint, conditions, datasets, device as devices, distributed
-from utils import flags, folders, memory, methods, output, own_dataset, resume, schedule
+from utils import flags, folders, memory, methods, output, own_dataset, resume, schedule, strength
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
@@ -179,7 +179,7 @@ def train(run, criterion, optimizer, epoch, args):
     parts = Parts(network, optimizer, args, run.pixels)  # a batch is one part, unless flags or processes split it
     for step, batch in run.steps(epoch):  # from where it stopped; progress, checks, checkpoints
         schedule.apply(optimizer, step, run.steps_per_epoch, args)  # the learning rate
-        methods.before_step(run, criterion, step)  # the strength of the methods
+        strength.apply(run, criterion, step)  # what the methods do at this position in training
 
         def closure():  # called once by SGD, twice by AMP
             optimizer.zero_grad()

@@ -11,7 +11,7 @@ import torch
 
 from models import imagenet as models
 from utils import batches as image_batches, checkpoint, device as devices, distributed, flags, folders
-from utils import memory, methods, output, resume, schedule
+from utils import memory, methods, output, resume, schedule, strength
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
@@ -170,7 +170,7 @@ def train(run, criterion, optimizer, epoch, args):
     parts = Parts(network, optimizer, args, run.pixels)  # a batch is one part, unless flags or processes split it
     for step, batch in run.steps(epoch):  # from where it stopped; progress, checks, checkpoints
         schedule.apply(optimizer, step, run.steps_per_epoch, args)  # the learning rate
-        methods.before_step(run, criterion, step)  # the strength of the methods
+        strength.apply(run, criterion, step)  # what the methods do at this position in training
 
         def closure():  # called once by SGD, twice by AMP
             optimizer.zero_grad()

@@ -8,7 +8,7 @@ import center
 import cifar
 from helpers import broken_off, call, refused, unrecorded
 from models import cifar as models
-from utils import datasets, methods, schedule
+from utils import datasets, methods, schedule, strength
 from utils.batches import Batches, Split
 from utils.run import validate
 
@@ -44,12 +44,12 @@ def args_with(flags):
 
 def test_the_strength_is_a_function_of_the_position():
     args = args_with('--method amp --method-start 0.3 --method-ramp 0.4')
-    assert [methods.strength(step, 10, args) for step in range(11)] == pytest.approx(
+    assert [strength.at(step, 10, args) for step in range(11)] == pytest.approx(
         [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
     args = args_with('--method amp --method-start 0.7')
-    assert [methods.strength(step, 10, args) for step in range(10)] == [0] * 7 + [1] * 3
-    assert methods.strength(0, 10, args_with('--method amp')) == 1
-    assert methods.strength(0, 10, args_with('--method amp --method-ramp 1')) == 0
+    assert [strength.at(step, 10, args) for step in range(10)] == [0] * 7 + [1] * 3
+    assert strength.at(0, 10, args_with('--method amp')) == 1
+    assert strength.at(0, 10, args_with('--method amp --method-ramp 1')) == 0
 
 
 # What is plain training for each of them: without the method, but heads that have another form stay.
@@ -103,9 +103,9 @@ def test_on_the_ramp_the_loss_goes_from_cross_entropy_to_that_of_the_method(weig
                         '--large-margin-gamma 2')
     images, targets = torch.randn(6, 3, 32, 32), torch.arange(6) % 4
     model, losses = training.model.eval(), {}
-    for strength in (0.0, 0.25, 1.0):
-        training.criterion.before_step(0.0, strength)
-        losses[strength] = training.criterion(model(images), targets).item()
+    for share in (0.0, 0.25, 1.0):
+        training.criterion.before_step(0.0, share)
+        losses[share] = training.criterion(model(images), targets).item()
     cross_entropy = torch.nn.functional.cross_entropy(model(images), targets).item()
     assert losses[0.0] == pytest.approx(cross_entropy)
     assert losses[0.25] == pytest.approx(0.75 * cross_entropy + 0.25 * losses[1.0], rel=1e-5)
@@ -116,9 +116,9 @@ def test_on_the_ramp_the_loss_goes_from_cross_entropy_to_that_of_the_method(weig
 def test_on_the_ramp_a_head_has_part_of_its_margin(flags, margin_is_linear):
     head, features, targets = Training(f'--method {flags}').model.head, torch.randn(5, 64), torch.arange(5) % 4
     logits = {}
-    for strength in (0.0, 0.25, 1.0):
-        head.before_step(0.5, strength)
-        logits[strength] = head(features, targets)
+    for share in (0.0, 0.25, 1.0):
+        head.before_step(0.5, share)
+        logits[share] = head(features, targets)
     torch.testing.assert_close(logits[0.25], 0.75 * logits[0.0] + 0.25 * logits[1.0])
     assert torch.equal(logits[0.0], head.eval()(features)) and not torch.equal(logits[0.0], logits[1.0])
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from utils import batches, distributed
+from utils.augment import alternating, with_one_before
 from utils.errors import UserError, shown
 from utils.files import open_text, replacing
 from utils.image_files import check_alike, list_images, open_image, readers_quiet
@@ -215,7 +216,7 @@ class ImageBatches:
         images = len(self.labels)
         order = torch.randperm(images, generator=batches.seeded_generator(seed, epoch))
         local = distributed.local_slices(images, self.batch_size, first)
-        mirrored = batches.alternating(images, seed, epoch) if self.alternate else None
+        mirrored = alternating(images, epoch, batches.seeded_generator(seed)) if self.alternate else None
         return self._loaded(DecodedBatches(self.folder, order, local, self.transform, (seed, epoch), self.mix, first,
                                            self.batch_size, mirrored))
 
@@ -283,7 +284,7 @@ class DecodedBatches(torch.utils.data.Dataset):
 
         It is the nearest that can be read, as it would be in one process.
         """
-        places = batches.with_one_before(part, self.batch_size, len(self.order))
+        places = with_one_before(part, self.batch_size, len(self.order))
         if len(places) == part.stop - part.start:
             return []
         batch = range(part.start // self.batch_size * self.batch_size, places[0] + 1)

@@ -53,14 +53,13 @@ import math
 import torch
 from torch import nn
 
-from models.base import WithAuxiliary
-from utils import memory
+from utils import memory, strength
 from utils.activations import Activations
+from utils.criterion import Criterion
 from utils.errors import UserError, one_line
-from utils.eval import cross_entropy
-from utils.flags import bounded, meaning
+from utils.flags import meaning
 from utils.parts import single_image_explained
-from utils.schedule import OPTIMIZERS, made_with
+from utils.schedule import OPTIMIZERS
 
 # A method of your own is one more line here, the name of its file.
 METHODS = {name.rpartition('.')[2]: importlib.import_module(name) for name in (
@@ -84,10 +83,7 @@ def add_arguments(parser):
     group.add_argument('--method', nargs='+', choices=METHODS, default=[], metavar='NAME',
                        help=f'one or several of: {", ".join(METHODS)} (none: cross-entropy)')
     group.add_argument('--coef', type=float, metavar='C', help="weight of the method's loss term")
-    group.add_argument('--method-start', type=bounded(float, 0, 1), default=0.0, metavar='F',
-                       help='the share of the training that is plain, before the methods begin (0)')
-    group.add_argument('--method-ramp', type=bounded(float, 0, 1), default=0.0, metavar='F',
-                       help='the share of the training in which their strength then grows from 0 to all of it (0)')
+    strength.add_arguments(group)
     for name, module in METHODS.items():
         module.add_arguments(_Shared(parser, parser.add_argument_group(f'--method {name}')))
 
@@ -112,7 +108,11 @@ def check_arguments(args, parser):
         having = [name for name in args.method if hasattr(METHODS[name], part)]
         if len(having) > 1:
             parser.error(f'--method {" and ".join(having)} cannot combine: each brings its own {part}, and {why}')
-    _check_start(args, parser)
+    strength.check_arguments(args, parser)
+    for name in args.method if args.method_start or args.method_ramp else ():
+        if hasattr(METHODS[name], 'optimizer') and not hasattr(METHODS[name], 'STRENGTH'):
+            parser.error(f'--method-start and --method-ramp cannot scale --method {name}, which does not say which '
+                         'option of its optimizer is its STRENGTH')
     used = set().union(*(flags(METHODS[name]) for name in args.method))
     for name, module in METHODS.items():
         unused = sorted((flags(module) - used) & args.given)
@@ -143,23 +143,6 @@ def check_arguments(args, parser):
         if not 0 <= getattr(args, f'{name}_coef') < math.inf:
             parser.error(f'{_coef_flag(name)} must be a number of at least 0, was given '
                          f'{getattr(args, f"{name}_coef")}')
-
-
-def _check_start(args, parser):
-    """Refuse a --method-start or --method-ramp that cannot be."""
-    start = ' and '.join(f'{parser.spelling(name)} {value:g}' for name in ('method_start', 'method_ramp')
-                         if (value := getattr(args, name)))
-    if args.given & {'method_start', 'method_ramp'} and not args.method:
-        parser.error('--method-start and --method-ramp need a --method whose strength they scale')
-    if args.method_start == 1:
-        parser.error('--method-start must be less than 1, as the method would never begin')
-    if args.method_start + args.method_ramp > 1:
-        parser.error(f'{start} are more than the whole training, which is 1')
-    for name in args.method if start else ():
-        module = METHODS[name]
-        if hasattr(module, 'optimizer') and not hasattr(module, 'STRENGTH'):
-            parser.error(f'{start} cannot scale --method {name}, which does not say which option of its optimizer is '
-                         'its STRENGTH')
 
 
 def _coef_flag(name):
@@ -261,64 +244,9 @@ def build_criterion(args, model, class_counts=None):
     return Criterion(terms, weight, args.label_smoothing)
 
 
-class Criterion:
-    """What `build_criterion` returns. strength: from 0 to 1, of the loss terms, as the newest `before_step` said."""
-
-    def __init__(self, terms, cross_entropy_weight, label_smoothing):
-        """terms: pairs of a loss term and its `Activations`, or None if it looks at no layer."""
-        self.terms, self.label_smoothing, self.strength = terms, label_smoothing, 1.0
-        self.weight_of_cross_entropy = cross_entropy_weight
-
-    def before_step(self, behind, strength):
-        self.strength = strength
-        for term, activations in self.terms:
-            if activations:
-                activations.active = strength > 0
-            if hasattr(term, 'before_step') and not isinstance(term, nn.Module):  # modules are told with the network
-                term.before_step(behind, strength)
-
-    def __call__(self, outputs, targets):
-        auxiliary, weight = 0, self.weight_of_cross_entropy
-        if isinstance(outputs, WithAuxiliary):
-            losses = (cross_entropy(logits, targets, self.label_smoothing) for logits in outputs.auxiliary)
-            auxiliary, outputs = outputs.weight * sum(losses), outputs.outputs
-        if self.strength < 1:
-            weight = 1 + self.strength * (weight - 1)
-        loss = weight * cross_entropy(outputs, targets, self.label_smoothing) if weight else 0
-        return loss + self._terms(outputs, targets) + auxiliary
-
-    def _terms(self, outputs, targets):
-        if self.strength == 0:
-            # Gradients of 0, as DistributedDataParallel waits for those of all parameters.
-            return sum(0 * p.sum() for term, _ in self.terms if isinstance(term, nn.Module) for p in term.parameters())
-        terms = sum(term(outputs, targets, activations.read() if activations else [])
-                    for term, activations in self.terms)
-        return terms if self.strength == 1 else self.strength * terms
-
-
-def strength(step, steps, args):
-    """The factor from 0 to 1 on what the methods do at `step`, counted from 0, of the `steps` of the whole training.
-
-    It is 0 while less than args.method_start of the training is behind, and grows linearly to 1 in args.method_ramp.
-    """
-    since = step / steps - args.method_start
-    return 0.0 if since < 0 else min(since / args.method_ramp, 1.0) if args.method_ramp else 1.0
-
-
-def before_step(run, criterion, step):
-    """Set the strength of the chosen methods for `step`, counted from 0 at the beginning of training.
-
-    run: a `Run`. criterion: of `build_criterion`, or a function of your own, which is left alone.
-    """
-    args, steps = run.args, run.args.epochs * run.steps_per_epoch
-    now = strength(step, steps, args)
-    for part in (*run.told_before_steps, criterion):
-        if hasattr(part, 'before_step'):
-            part.before_step(step / steps, now)
-    scaled = {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}
-    for group in run.optimizer.param_groups if scaled else ():
-        made = made_with(group)
-        group.update({option: now * made[option] for option in scaled & made.keys()})
+def scaled_options(args):
+    """The options of the optimizer's parameter groups that the strength of the chosen methods scales."""
+    return {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}
 
 
 def default_lr(args):

@@ -44,6 +44,7 @@ class Run:
     test_every        it is tested on after so many epochs, and after the last
     steps_per_epoch   batches in an epoch, of all processes together
     told_before_steps modules of the network that have `before_step`, see utils/methods.py
+    scaled_options    options of the optimizer that the strength of the methods scales
     meter             the `Meter` of the epoch that `steps` runs through
 
     Nothing is written before the `with` block is entered. Leaving it on SIGINT or SIGTERM says how to resume.
@@ -59,6 +60,7 @@ class Run:
         self.network = distributed.data_parallel(compiled)
         self.compiled = compiled
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
+        self.scaled_options = methods.scaled_options(args)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
         self.changes = []  # of the setting, in the middle of training
