@@ -270,6 +270,8 @@ def head(args):
     if args.margin > 1000:  # a pass computes as many terms, and the paper has at most 4
         raise ValueError(f'--margin must be at most 1000, was given {args.margin}')
     unused = {'beta', 'beta_min', 'beta_schedule'}.union(*BETA_FLAGS.values()) & args.given
+    if getattr(args, 'method', None) == ['lsoftmax']:  # otherwise another method may use these
+        unused |= {'method_start', 'method_ramp'} & args.given
     if args.margin == 1 and unused:
         raise ValueError(f'{_spelled(unused)} does nothing with --margin 1, which is plain softmax')
     for schedule, flags in BETA_FLAGS.items():

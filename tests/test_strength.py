@@ -198,6 +198,13 @@ def test_a_checkpoint_from_before_beta_had_a_schedule_resumes_with_its_decay(few
     ('--method arcface --angular-margin 3.2', 'angular_margin must be at least 0 and below pi radians'),
     ('--method lsoftmax arcface', 'each brings its own head'), ('--method ldam arcface', 'each brings its own head'),
     ('--method amp sam', 'each brings its own optimizer'),
+    ('--method amp --epsilon 0 --method-start 0.5', 'scale a strength that is 0 here'),
+    ('--method dma sam --dma-coef 0 --rho 0 --method-ramp 0.5', 'scale a strength that is 0 here'),
+    ('--method lsoftmax --margin 1 --method-start 0.5', '--method-start does nothing with --margin 1'),
+    ('--method arcface --angular-margin 0 --method-start 0.5', 'scale a margin that is 0 here'),
+    ('--method ldam --deferred 1 --reweight-beta 0.9', '--reweight-beta does nothing with --deferred 1'),
+    ('--method ldam --max-margin -1', 'max_margin must be a number of at least 0, was given -1'),
+    ('--method logit_adjustment --tau -1', 'tau must be a number of at least 0, was given -1'),
     ('--climb-fraction 0.5', '--climb-fraction is a flag of --method amp or sam, which is not selected'),
 ])
 def test_what_cannot_work_is_refused(flags, sentence, monkeypatch, capsys, tmp_path):

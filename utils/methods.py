@@ -130,6 +130,9 @@ def check_arguments(args, parser):
         if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
             parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a '
                          'mixed image has two')
+    numbers = [getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None) for name in args.method]
+    if args.given & {'method_start', 'method_ramp'} and numbers and all(number == 0 for number in numbers):
+        parser.error('--method-start and --method-ramp scale a strength that is 0 here')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:
