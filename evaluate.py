@@ -39,7 +39,7 @@ def parse_arguments():
                        help='with white - black = 1 (8/255)')
     group.add_argument('--attack-steps', type=bounded(int, 1), default=10, metavar='N',
                        help='of pgd, 2.5 eps / N each (10)')
-    parser.add_argument('--logit-adjust', type=bounded(float, 0, above=True), metavar='TAU',
+    parser.add_argument('--logit-adjust', type=bounded(float, 0, 1000, above=True), metavar='TAU',
                         help='subtract TAU log prior from each logit, with the class counts of the training set: for a '
                              'checkpoint that was trained on other shares of the classes than it is tested on')
     args = parser.parse_args()
@@ -90,6 +90,8 @@ def logit_adjustment(subject, tau):
         adjusted(torch.zeros(1, len(counts)), counts, tau)
     except ValueError as error:  # a class without training images
         raise UserError(f'--logit-adjust: {error}') from error
+    if len(set(counts)) == 1:
+        raise UserError(f'--logit-adjust changes nothing: all classes of the training set have {counts[0]} images')
     return lambda outputs: adjusted(logits_of(outputs), counts, tau)
 
 

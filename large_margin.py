@@ -74,7 +74,8 @@ class LargeMarginLoss(nn.Module):
         if not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f'top_k must be a whole number of at least 1, was given {top_k}')
         numbers = () if layer_weights in (None, 'elements') else layer_weights
-        if not all(not isinstance(weight, str) and 0 < weight <= torch.finfo(torch.float32).max for weight in numbers):
+        limits = torch.finfo(torch.float32)
+        if not all(not isinstance(weight, str) and limits.tiny <= weight <= limits.max for weight in numbers):
             raise ValueError(f"layer_weights must be numbers above 0, or 'elements', were given {layer_weights}")
         self.gamma, self.alpha, self.top_k, self.aggregate = gamma, alpha, top_k, aggregate
         self.approximate, self.layer_weights, self.epsilon = approximate, layer_weights, epsilon

@@ -268,7 +268,7 @@ def test_flags_that_compute_the_same_are_one_setting(one, other, tmp_path, table
     ('--method amp', '--method amp --epsilon 0.1', ['--epsilon 0.1', '--epsilon 0.5']),
     ('--method amp --epsilon 0.1', '', ['(none)', '--method amp --epsilon 0.1']),
     ('-d folder --data "my data"', '-d folder --data b', ['--data b', "--data 'my data'"]),
-    ('--start-epoch 2', '', ['--start-epoch 0', '--start-epoch 2']),
+    ('--start-epoch 2', '', ['(none)', '--start-epoch 2']),
     ('--drop 0.30000000000000004', '--drop 0.3', ['--drop 0.3', '--drop 0.30000000000000004']),
     ('--growthRate 4', '--compressionRate 2', ['--compressionRate 2', '--growthRate 4']),
 ])

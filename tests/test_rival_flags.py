@@ -196,7 +196,7 @@ def test_flooding_is_of_the_mean_over_the_whole_batch_and_zero_exactly_at_it():
     """Not the mean of |loss - level| over ghost batches, which is another function."""
     steps = Steps('--mini-batch 4')
     parts = Parts(steps.run.network, steps.optimizer, steps.args)
-    parts.kept_losses, parts.local_images, parts.batch_size = [torch.tensor(1.0), torch.tensor(0.5)], 8, 8
+    parts.trained_losses, parts.local_images, parts.batch_size = [torch.tensor(1.0), torch.tensor(0.5)], 8, 8
     for level, sign in ((1.0, 1), (1.5, 0), (2.0, -1)):
         for p in steps.model.parameters():
             p.grad = torch.ones_like(p)
@@ -212,7 +212,7 @@ def test_golden_of_flooding():
     parts.local_images = parts.batch_size = 8
     for level, expected in zip(g['levels'].tolist(), g['grad']):
         for loss, gradient, wanted in zip(g['batch_loss'], g['batch_grad'], expected):
-            parts.kept_losses, weights.weight.grad = [loss], gradient[:, None].clone()
+            parts.trained_losses, weights.weight.grad = [loss], gradient[:, None].clone()
             parts.flood(level)
             assert torch.equal(weights.weight.grad[:, 0], wanted)
 
@@ -226,6 +226,22 @@ def test_golden_of_fgsm(epsilon):
     key = next(key for key in GOLDEN.files if key.startswith(f'fgsm/eps{epsilon:g}/') and key.endswith('01/x_adv'))
     moved = Pixels(torch.zeros(3), torch.full((3,), 255.0)).uphill(x, gradient, epsilon)
     np.testing.assert_allclose(moved[:, 0, 0], GOLDEN[key], rtol=0, atol=1e-9)
+
+
+def test_the_flood_is_of_the_loss_of_both_passes():
+    steps = Steps('--adversarial 0.3')
+    parts = Parts(steps.run.network, steps.optimizer, steps.args, steps.run.pixels)
+    batch, losses = next(iter(steps.run.steps(0)))[1], []
+    for images, targets, weight in parts.of(batch):
+        outputs = steps.model(images, targets)
+        losses.append(steps.criterion(outputs, targets))
+        (weight * losses[-1]).backward()
+        parts.keep(outputs, losses[-1])
+    clean, moved = (loss.item() for loss in losses)
+    gradients = [p.grad.clone() for p in steps.model.parameters()]
+    parts.flood((clean + (clean + moved) / 2) / 2)  # above the first pass, below the mean of both
+    assert clean < moved and parts.loss.item() == pytest.approx(clean)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(steps.model.parameters(), gradients))
 
 
 @pytest.mark.parametrize('flags', ['', '--mini-batch 4', '--method dma amp --epsilon 0.1', '--method lsoftmax'])
@@ -294,6 +310,12 @@ def test_the_mean_of_weights_is_that_of_the_epochs_behind_its_start():
         assert run.to_test is (run.average.module if epoch >= 2 else steps.model)
     for p, first, second in zip(run.average.module.parameters(), kept[2], kept[3]):
         torch.testing.assert_close(p, (first + second) / 2)
+
+
+def test_statistics_of_the_mean_are_there_where_images_pass_one_by_one():
+    steps = Steps('--swa 0 --train-batch 4 --mini-batch 1', 'resnet')
+    cifar.train(steps.run, steps.criterion, steps.optimizer, 0, steps.args)
+    assert steps.run.average.module.bn1.running_mean.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('ghost', ['', '--mini-batch 4'])
@@ -398,6 +420,9 @@ def test_logits_are_adjusted_post_hoc_for_any_checkpoint(monkeypatch, tmp_path, 
     ('-d digits --method arcface --mixup 1', '--method arcface and --mixup cannot combine'),
     ('-d digits --method hinge --cutmix 1', '--method hinge and --cutmix cannot combine'),
     ('-d digits --method hinge --label-smoothing 0.1', '--label-smoothing does nothing without cross-entropy'),
+    ('-d digits --mixup 0.001', 'must be 0, or a number from 0.01 to 10000, was given 0.001'),
+    ('-d digits --cutmix 1e5', 'must be 0, or a number from 0.01 to 10000, was given 1e5'),
+    ('-d digits --bias-lr-factor 1000 --lr 1e33 --optimizer Adam', 'the learning rate must not become more than'),
     ('-d digits --tta crop', "invalid choice: 'crop'"),
     ('-d digits --dropout 1.5', 'at most 1, was given 1.5'),
 ])

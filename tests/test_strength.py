@@ -59,7 +59,7 @@ def test_the_strength_is_a_function_of_the_position():
     ('large_margin --large-margin-layers input layer1', ''), ('sam --rho 0.5', ''),
     ('sam --direction momentum --rho 0.5', ''), ('hinge', ''), ('logit_adjustment --tau 2', ''),
     ('dma large_margin amp --cross-entropy-weight 0.3', ''),
-    ('lsoftmax --margin 2 --beta 0', '--method lsoftmax --margin 3 --method-start 0.99'),
+    ('lsoftmax --margin 2 --beta 0', '--method lsoftmax --margin 3 --method-start 0.85'),
     ('arcface', '--method arcface --angular-margin 0'),
 ])
 def test_before_its_start_a_method_changes_no_bit(flags, plain):

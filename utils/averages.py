@@ -33,7 +33,7 @@ def estimate_statistics(average, batches, args, epoch):
              and module.running_mean is not None]
     frozen = {name: buffer.clone() for name, buffer in average.named_buffers()}
     parts = (part for images, _ in batches.shuffled(args.seed, epoch) for part in images.split(ghost_batch(args))
-             if len(part) > 1)
+             if len(part) > 1 or ghost_batch(args) == 1)
     features = Features(average.module)
     update_bn(parts, features)
     running = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}

@@ -1,4 +1,5 @@
 """Images in memory: held on the device as uint8, shuffled, cropped, flipped and normalised there a batch at a time."""
+import argparse
 import contextlib
 import functools
 import mmap
@@ -325,12 +326,20 @@ def add_auto_augment(group, policies):
                        help=f'also {", ".join(AUTO_AUGMENTS)} (without NAME autoaugment: the policy of {policies})')
 
 
+def alpha(text):
+    """An argparse type: the parameter of a symmetric Beta distribution, where float32 can draw from it; 0 is off."""
+    value = bounded(float, 0)(text)
+    if value and not 0.01 <= value <= 10000:
+        raise argparse.ArgumentTypeError(f'must be 0, or a number from 0.01 to 10000, was given {text}')
+    return value
+
+
 def add_mixing(group):
     """The flags about mirroring and mixing."""
     group.add_argument('--hflip', choices=('random', 'alternating'),
                        help='mirror each image at random, or in every second epoch (random)')
-    group.add_argument('--mixup', type=bounded(float, 0), default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
-    group.add_argument('--cutmix', type=bounded(float, 0), default=0.0, metavar='ALPHA',
+    group.add_argument('--mixup', type=alpha, default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
+    group.add_argument('--cutmix', type=alpha, default=0.0, metavar='ALPHA',
                        help='put a rectangle of one image into another; with --mixup, each batch one of the two (0)')
 
 

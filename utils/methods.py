@@ -166,6 +166,7 @@ def setting(values):
     chosen = sorted(values['method'], key=lambda name: (*METHODS, name).index(name))  # `amp dma` is `dma amp`
     used = set().union(*(flags(METHODS[name]) for name in chosen if name in METHODS))
     unused = set().union(*map(flags, METHODS.values())) - used
+    unused |= set() if chosen else {'method_start', 'method_ramp'}
     return {name: value for name, value in {**values, 'method': chosen}.items()
             if meaning(name).result and name not in unused}
 

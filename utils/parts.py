@@ -58,7 +58,7 @@ class Parts:
     def of(self, batch):
         """(images, targets, weight) of each part of a `Batch`; the weight is a number."""
         batch, passes = self._to_pass(batch), 2 if self.adversarial else 1
-        self.batch_size = batch.size
+        self.batch_size, self.passes, self.trained_losses = batch.size, passes, []
         images, targets = batch.images, batch.targets
         self.kept_logits, self.kept_losses, self.local_images, noise_index = [], [], len(targets), 0
         expected = min(max(batch.size - self.rank_offset, 0), self.local_batch)
@@ -104,19 +104,21 @@ class Parts:
 
     def keep(self, outputs, loss):
         """What `logits` and `loss` are made of; to be called once for each part."""
+        mean = loss.detach() * (self.part_images / max(self.local_images, 1))
+        self.trained_losses.append(mean / self.passes)
         if self.keeping:
             self.kept_logits.append(self.shown_logits(outputs))
-            self.kept_losses.append(loss.detach() * (self.part_images / max(self.local_images, 1)))
+            self.kept_losses.append(mean)
 
     def flood(self, level):
         """Make the gradients those of |loss - level| + level, unless `level` is None (Ishida et al., arXiv 2002.08709).
 
-        The loss is the mean over all images of the pass, of all processes; where it is below `level`, the step goes up.
-        Nothing here waits for the device.
+        The loss is the mean over all images of the pass, of all processes, with --adversarial also of their second pass;
+        where it is below `level`, the step goes up. Nothing here waits for the device.
         """
         if level is None:
             return
-        loss = self.loss
+        loss = sum(self.trained_losses)
         if distributed.active() and not getattr(self.optimizer, 'local_pass', False):
             loss = distributed.all_reduce(loss.double() * (self.local_images / self.batch_size))
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]

@@ -10,7 +10,7 @@ import torch
 
 from models.base import count_parameters
 from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, output, resume
-from utils import schedule
+from utils import schedule, strength
 from utils.averages import average_of_weights, estimate_statistics
 from utils.bar import ProgressLine
 from utils.batches import reader_lost
@@ -60,6 +60,10 @@ class Run:
         self.network = distributed.data_parallel(compiled)
         self.compiled = compiled
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
+        steps = args.epochs * self.steps_per_epoch
+        if args.method and strength.at(steps - 1, steps, args) == 0:
+            raise UserError(f'--method-start {args.method_start:g} leaves no step to --method {" ".join(args.method)}: '
+                            f'the last of {steps} begins before it')
         self.scaled_options = methods.scaled_options(args)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None

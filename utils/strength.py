@@ -14,7 +14,7 @@ def check_arguments(args, parser):
     """Refuse a --method-start or --method-ramp that cannot be."""
     start = ' and '.join(f'{parser.spelling(name)} {value:g}' for name in ('method_start', 'method_ramp')
                          if (value := getattr(args, name)))
-    if args.given & {'method_start', 'method_ramp'} and not args.method:
+    if start and not args.method:
         parser.error('--method-start and --method-ramp need a --method whose strength they scale')
     if args.method_start == 1:
         parser.error('--method-start must be less than 1, as the method would never begin')

@@ -104,7 +104,8 @@ class Flags:
         words = []
         for name in names:
             value = setting.get(name)
-            if value is not None and value is not False and value != ():
+            off = value == 0 and self.defaults.get(name) == 0  # as --mixup 0 is, without which nothing is mixed
+            if value is not None and value is not False and value != () and not off:
                 words.append(self.spelling.get(name, f'--{name.replace("_", "-")}'))
                 values = () if value is True else value if isinstance(value, tuple) else (value,)
                 words += [str(each).removesuffix('.0') if isinstance(each, float) else str(each) for each in values]
