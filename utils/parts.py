@@ -113,7 +113,7 @@ class Parts:
     def flood(self, level):
         """Make the gradients those of |loss - level| + level, unless `level` is None (Ishida et al., arXiv 2002.08709).
 
-        The loss is the mean over all images of the pass, of all processes, with --adversarial also of their second pass;
+        The loss is the mean over all images of the pass, of all processes, with --adversarial also of the second pass;
         where it is below `level`, the step goes up. Nothing here waits for the device.
         """
         if level is None:
