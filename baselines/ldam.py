@@ -139,7 +139,7 @@ def cross_entropy_weight(args):
 
 def loss_term(args, model, class_counts):
     """`args`, a model with num_classes, and its K class counts -> (outputs, targets, activations) -> scalar."""
-    if args.deferred == 1 and 'reweight_beta' in args.given:
+    if args.deferred == 1 and 'reweight_beta' in getattr(args, 'given', ()):
         raise ValueError('--reweight-beta does nothing with --deferred 1, where no class weights apply')
     return LDAMTerm(class_counts, model.num_classes, args.max_margin, args.scale, args.deferred, args.reweight_beta)
 

@@ -75,7 +75,7 @@ def test_the_readmes_own_method_trains_beside_dma(monkeypatch, tmp_path):
 
 def test_the_methods_benchmark_runs():
     command = [sys.executable, 'benchmarks/methods.py',
-               *'--depth 8 --batch 8 --steps 1 --rounds 1 --classes 1000'.split()]
+               *'--depth 8 --batch 8 --steps 4 --rounds 1 --classes 1000'.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r'^--method .* \d\.\d+  \(rounds', result.stdout,
