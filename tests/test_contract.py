@@ -15,7 +15,7 @@ import imagenet
 from helpers import broken_off, call, unrecorded
 from models import cifar as models
 from models import imagenet as torchvision_models
-from utils import checkpoint, datasets, flags, methods, output, schedule
+from utils import checkpoint, flags, methods, output, schedule
 from utils.activations import Activations
 from utils.batches import Batches, Split
 from utils.errors import UserError
@@ -43,14 +43,6 @@ class Lion(torch.optim.Optimizer):
                 p.sub_(group['lr'] * average.lerp(p.grad, 1 - group['betas'][0]).sign())
                 average.lerp_(p.grad, 1 - group['betas'][1])
         return result
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    load = datasets.load
-    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args).subset(torch.arange(80)))
-    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
-    monkeypatch.setattr('utils.metrics.write_confusion', lambda *args: None)
 
 
 @pytest.fixture

@@ -24,14 +24,6 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / 'goldens/rivals.npz')
 SHORT = '-d digits --depth 8 --lr-schedule onecycle --train-batch 16 --manualSeed 3'
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    load = datasets.load
-    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args).subset(torch.arange(80)))
-    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
-    monkeypatch.setattr('utils.metrics.write_confusion', lambda *args: None)
-
-
 def images_of(count, classes=4, side=8):
     generator = torch.Generator().manual_seed(0)
     return Split(torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=generator),

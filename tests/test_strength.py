@@ -8,7 +8,7 @@ import center
 import cifar
 from helpers import broken_off, call, refused, unrecorded
 from models import cifar as models
-from utils import datasets, methods, schedule, strength
+from utils import methods, schedule, strength
 from utils.batches import Batches, Split
 from utils.run import validate
 
@@ -138,14 +138,6 @@ def test_a_criterion_of_ones_own_is_left_alone():
     training.criterion = lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets)
     training.train(0)
     assert training.optimizer.param_groups[0]['epsilon'] == 0
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    load = datasets.load
-    monkeypatch.setattr(datasets, 'load', lambda *args: load(*args).subset(torch.arange(80)))
-    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
-    monkeypatch.setattr('utils.metrics.write_confusion', lambda *args: None)
 
 
 @pytest.mark.parametrize('flags', ['lsoftmax large_margin amp --margin 2 --cross-entropy-weight 1 --clip-norm 5',

@@ -233,7 +233,8 @@ def build_criterion(args, model, class_counts=None):
     """
     weight = math.prod(_chosen(args, 'cross_entropy_weight'))
     if args.label_smoothing and not weight:
-        hint = '; give it a --cross-entropy-weight' if 'large_margin' in args.method else ''
+        weighable = any('cross_entropy_weight' in flags(METHODS[name]) for name in args.method)
+        hint = '; give it a --cross-entropy-weight' if weighable else ''
         raise ValueError(f'--label-smoothing does nothing without cross-entropy, which --method '
                          f'{" ".join(args.method)} does without{hint}')
     attached, terms = getattr(model, 'loss_terms', {}), []

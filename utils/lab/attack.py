@@ -24,9 +24,8 @@ class Attack:
         self.pixels = Pixels(mean, std)
 
     def __call__(self, inputs, targets):
-        unit, black, white = self.pixels.unit, self.pixels.black, self.pixels.white
-        reach = self.epsilon * unit
-        low, high = torch.maximum(inputs - reach, black), torch.minimum(inputs + reach, white)
+        reach = self.epsilon * self.pixels.unit
+        low, high = (torch.maximum(inputs - reach, self.pixels.black), torch.minimum(inputs + reach, self.pixels.white))
         moved = inputs
         if self.kind == 'pgd':
             start = torch.rand(inputs.shape, generator=self.generator, device=inputs.device)
@@ -35,5 +34,5 @@ class Attack:
             with torch.enable_grad():
                 moved = moved.detach().requires_grad_()
                 gradient, = torch.autograd.grad(cross_entropy(self.outputs(moved), targets), moved)
-            moved = (moved + self.step * unit * gradient.sign()).clamp(low, high)
+            moved = self.pixels.uphill(moved, gradient, self.step).clamp(low, high)
         return moved.detach()
