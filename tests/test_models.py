@@ -16,7 +16,7 @@ from models.cifar.pyramidnet import BLOCKS as PYRAMIDAL_BLOCKS
 SMALL = {'resnext': {'cardinality': 2, 'widen_factor': 1, 'depth': 11}, 'wrn': {'widen_factor': 1, 'depth': 10},
          'densenet': {'depth': 10, 'growth_rate': 4}, 'pyramidnet': {'depth': 8, 'alpha': 12},
          'airbench': {'widths': '8-8-8'}}
-ANY_SIZE = ('pyramidnet', 'lenet', 'shallow', 'mlp', 'resnet9', 'airbench')
+ANY_SIZE = ('pyramidnet', 'lenet', 'lenet_bn', 'shallow', 'mlp', 'resnet9', 'airbench')
 
 
 def small(arch, classifier=nn.Linear, num_classes=10):
@@ -48,6 +48,8 @@ def batch_norm(features):
 
 @pytest.mark.parametrize('arch, parameters', [
     ('lenet', (5 * 5 * 3 * 20 + 20) + (5 * 5 * 20 * 50 + 50) + (4 * 4 * 50 * 500 + 500) + (500 * 10 + 10)),
+    ('lenet_bn', 5 * 5 * 3 * 32 + batch_norm(32) + 5 * 5 * 32 * 64 + batch_norm(64)
+     + (7 * 7 * 64 * 512 + 512) + (512 * 10 + 10)),
     ('shallow', 5 * 5 * 3 * 64 + batch_norm(64) + 5 * 5 * 64 * 64 + batch_norm(64)
      + 7 * 7 * 64 * 384 + batch_norm(384) + 384 * 192 + batch_norm(192) + (192 * 10 + 10)),
     ('mlp', (32 * 32 * 3 * 512 + 512 + batch_norm(512)) + 4 * (512 * 512 + 512 + batch_norm(512)) + (512 * 10 + 10)),
@@ -144,6 +146,16 @@ def test_lenet_pools_digits_of_28_pixels_by_two():
     assert torch.equal(model.layer2(model.layer1(images)), F.max_pool2d(before, 2))
 
 
+def test_lenet_bn_normalises_what_it_pooled_by_two():
+    model, images = small('lenet_bn'), torch.randn(2, 3, 28, 28)
+    for layer, shape in ((model.layer1, (2, 32, 14, 14)), (model.layer2, (2, 64, 7, 7))):
+        pooled = F.max_pool2d(F.relu(F.conv2d(images, layer[0].weight, padding=2)), 2)
+        variance, mean = torch.var_mean(pooled, dim=(0, 2, 3), keepdim=True, correction=0)
+        expected = (pooled - mean) / (variance + 1e-5).sqrt()
+        images = layer(images)
+        assert images.shape == shape and torch.allclose(images, expected, atol=1e-5)
+
+
 def test_shallow_and_mlp_average_only_images_of_other_sizes(monkeypatch):
     images = torch.randn(2, 3, 32, 32)
     doubled = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -156,7 +168,7 @@ def test_shallow_and_mlp_average_only_images_of_other_sizes(monkeypatch):
 
 OURS = ('alexnet', 'vgg16', 'vgg19_bn', 'resnet', 'resnet18', 'preresnet', 'preactresnet18', 'resnext', 'wrn',
         'densenet',
-        'pyramidnet', 'lenet', 'shallow', 'mlp', 'resnet9', 'airbench')
+        'pyramidnet', 'lenet', 'lenet_bn', 'shallow', 'mlp', 'resnet9', 'airbench')
 
 
 @pytest.mark.parametrize('arch', OURS)

@@ -11,7 +11,7 @@ from models.base import with_defaults
 from models.cifar.airbench import airbench
 from models.cifar.alexnet import alexnet
 from models.cifar.densenet import densenet
-from models.cifar.lenet import lenet
+from models.cifar.lenet import lenet, lenet_bn
 from models.cifar.mlp import mlp
 from models.cifar.preresnet import preactresnet18, preresnet
 from models.cifar.pyramidnet import pyramidnet
@@ -29,7 +29,7 @@ MODELS = {
     'resnet': resnet, 'resnet18': resnet18,
     'preresnet': preresnet, 'preactresnet18': preactresnet18,
     'resnext': resnext, 'wrn': wrn, 'densenet': densenet, 'pyramidnet': pyramidnet,
-    'lenet': lenet, 'shallow': shallow, 'mlp': mlp,
+    'lenet': lenet, 'lenet_bn': lenet_bn, 'shallow': shallow, 'mlp': mlp,
     'resnet9': resnet9, 'airbench': airbench,
 }
 
