@@ -252,11 +252,12 @@ STRENGTH = 'epsilon'
 
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
-    unused = {'epsilon', 'inner_lr', 'perturbation', 'perturbed_statistics', 'local_perturbation',
+    unused = {'epsilon', 'inner_lr', 'inner_iter', 'perturbation', 'perturbed_statistics', 'local_perturbation',
               'climb_fraction'} & args.given
-    if args.inner_iter == 0 and unused:
-        flag = f'--{min(unused).replace("_", "-")}'
-        raise ValueError(f'{flag} does nothing with --inner-iter 0, which is plain SGD')
+    off = 'inner_iter' if args.inner_iter == 0 else 'epsilon'
+    if getattr(args, off) == 0 and unused - {off}:
+        flag, cause = (f'--{name.replace("_", "-")}' for name in (min(unused - {off}), off))
+        raise ValueError(f'{flag} does nothing with {cause} 0, which is plain SGD')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
                              perturbation=args.perturbation, **climbing_options(args, model))
 

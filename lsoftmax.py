@@ -260,6 +260,11 @@ BETA_FLAGS = {'position': {'beta_gamma', 'beta_power'}, 'decay': {'beta_decay'}}
 CLASS_TARGETS = True  # the margin is for one class of each image
 
 
+def strength(args):
+    """0 where --method-start and --method-ramp have nothing to scale."""
+    return args.margin - 1
+
+
 def first_values(args):
     """Flags that a resumed run takes from the checkpoint."""
     return {'beta'} if args.beta_schedule == 'decay' else set()
@@ -270,8 +275,6 @@ def head(args):
     if args.margin > 1000:  # a pass computes as many terms, and the paper has at most 4
         raise ValueError(f'--margin must be at most 1000, was given {args.margin}')
     unused = {'beta', 'beta_min', 'beta_schedule'}.union(*BETA_FLAGS.values()) & args.given
-    if getattr(args, 'method', None) == ['lsoftmax']:  # otherwise another method may use these
-        unused |= {'method_start', 'method_ramp'} & args.given
     if args.margin == 1 and unused:
         raise ValueError(f'{_spelled(unused)} does nothing with --margin 1, which is plain softmax')
     for schedule, flags in BETA_FLAGS.items():

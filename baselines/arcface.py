@@ -123,11 +123,13 @@ def add_arguments(parser):
 CLASS_TARGETS = True  # the margin is for one class of each image
 
 
+def strength(args):
+    """0 where --method-start and --method-ramp have nothing to scale."""
+    return max(abs(args.angular_margin), abs(args.cosine_margin))
+
+
 def head(args):
     """`args` -> (in_features, num_classes) -> module."""
-    if getattr(args, 'method', None) == ['arcface'] and {'method_start', 'method_ramp'} & args.given \
-            and args.angular_margin == args.cosine_margin == 0:
-        raise ValueError('--method-start and --method-ramp scale a margin that is 0 here')
     return functools.partial(ArcFaceLinear, scale=args.scale, angular_margin=args.angular_margin,
                              cosine_margin=args.cosine_margin)
 

@@ -144,6 +144,8 @@ def optimizer(args, model, steps_per_epoch):
         flag = f'--{min(unused).replace("_", "-")}'
         raise ValueError(f'{flag} belongs to --direction gradient; along the momentum there is one pass')
     rho = (0.5 if args.adaptive else 0.05) if args.rho is None else args.rho
+    if rho == 0 and (unused := (unused | {'direction'}) & args.given):
+        raise ValueError(f'--{min(unused).replace("_", "-")} does nothing with --rho 0, which is plain SGD')
     return functools.partial(SAM, rho=rho, adaptive=args.adaptive, eta=args.eta, direction=args.direction,
                              **climbing_options(args, model))
 

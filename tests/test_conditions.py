@@ -380,6 +380,12 @@ def test_the_conditions_cannot_change_when_a_run_is_resumed(flags, folder, check
     assert os.listdir(tmp_path) == []
 
 
+def test_the_rate_of_biases_cannot_get_a_group_of_its_own_when_a_run_is_resumed(checkpoint, monkeypatch, tmp_path,
+                                                                                capsys):
+    sentence = refused(monkeypatch, capsys, tmp_path, f'--resume {checkpoint} --epochs 2 --bias-lr-factor 64')
+    assert '--bias-lr-factor cannot be switched on or off' in sentence and 'has 1, was given 64' in sentence
+
+
 def test_a_resumed_run_trains_on_the_same_images_and_may_be_told_so_again(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
     call(monkeypatch, f'--resume {checkpoint} --epochs 2 --imbalance-seed 3 --manualSeed 4 {ALL} -c {tmp_path}')

@@ -23,6 +23,7 @@ and, where it needs them:
                                       model; the schedule multiplies their rates as it multiplies all others
     DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
     STRENGTH = the name of the option of its optimizer's parameter groups that --method-start and --method-ramp scale
+    strength(args)                 -> 0 where its head has no margin that these two could scale
     first_values(args)             -> flags that a checkpoint's state replaces, so that a resumed run refuses them
     CLASS_TARGETS = True where targets must be one class for each image, not shares of several, as mixing images gives
 --method-start and --method-ramp scale the strength of each method, from 0, which is plain training, to 1: the option
@@ -130,7 +131,8 @@ def check_arguments(args, parser):
         if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
             parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a '
                          'mixed image has two')
-    numbers = [getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None) for name in args.method]
+    numbers = [METHODS[name].strength(args) if hasattr(METHODS[name], 'strength') else
+               getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None) for name in args.method]
     if args.given & {'method_start', 'method_ramp'} and numbers and all(number == 0 for number in numbers):
         parser.error('--method-start and --method-ramp scale a strength that is 0 here')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]

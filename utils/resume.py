@@ -92,6 +92,10 @@ def _check_flags(args, state, parser):
         if resume == flags.NEVER and getattr(args, name) != state['args'].get(name):
             parser.error(f'{flag} cannot change when a run is resumed, as it decides which images are trained on; '
                          f'the checkpoint has {state["args"].get(name)}')
+    before, now = state['args'].get('bias_lr_factor', 1), args.bias_lr_factor
+    if 'bias_lr_factor' in args.given and (before == 1) != (now == 1):
+        parser.error(f'--bias-lr-factor cannot be switched on or off when a run is resumed, as its biases are a group '
+                     f'of the optimizer; the checkpoint has {before:g}, was given {now:g}')
     held = state.get('optimizer_class', 'SGD')  # the only one when it was not yet written down
     if 'optimizer' in args.given and args.optimizer != held:
         parser.error(f'--optimizer cannot change when a run is resumed, as the checkpoint has the state of {held}; '
