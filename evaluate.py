@@ -42,6 +42,8 @@ def parse_arguments():
     parser.add_argument('--logit-adjust', type=bounded(float, 0, 1000, above=True), metavar='TAU',
                         help='subtract TAU log prior from each logit, with the class counts of the training set: for a '
                              'checkpoint that was trained on other shares of the classes than it is tested on')
+    parser.add_argument('--tta', choices=('mirror', 'none'),
+                        help='mirror: the mean of the logits of each image and of its mirror image (as in the run)')
     args = parser.parse_args()
     for name, flags in NEEDING.items():
         for flag in flags if getattr(args, name) is None else ():
@@ -61,6 +63,7 @@ def main():
                         'give --no-augment to evaluate it on the images as they are')
     batches = checkpoints.images_of(subject, args.mode, args)
     landscape = checkpoints.landscape(subject, batches)
+    landscape.tta = {None: subject.args.tta, 'mirror': 'mirror', 'none': None}[args.tta]
     if args.logit_adjust:
         landscape.adjust = logit_adjustment(subject, args.logit_adjust)
     predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)

@@ -401,6 +401,21 @@ def test_logits_are_adjusted_post_hoc_for_any_checkpoint(monkeypatch, tmp_path, 
         call(monkeypatch, evaluate, f'{path} --logit-adjust 1')
 
 
+def test_evaluate_tests_as_the_run_did_unless_told_otherwise(few_digits, monkeypatch, tmp_path, capsys):
+    flags = '-d digits -a lenet --epochs 1 --train-batch 32 --lr 0.02 --manualSeed 1'
+    call(monkeypatch, cifar, f'{flags} --tta mirror -c {tmp_path}/mirror')
+    call(monkeypatch, cifar, f'{flags} -c {tmp_path}/plain')
+    losses = {}
+    for run in ('mirror', 'plain'):
+        losses[run] = json.loads((tmp_path / run / 'result.json').read_text())['test loss']
+    assert losses['mirror'] != losses['plain']
+    for run, flag, expected in (('mirror', '', 'mirror'), ('mirror', '--tta none', 'plain'), ('plain', '', 'plain'),
+                                ('plain', '--tta mirror', 'mirror')):
+        capsys.readouterr()
+        call(monkeypatch, evaluate, f'{tmp_path}/{run}/checkpoint.pth.tar {flag}')
+        assert f'test loss {losses[expected]:.4f} ' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('flags, sentence', [
     ('-d digits --ema 0.9 --swa 0.5', '--ema and --swa exclude each other'),
     ('-d digits --swa 1', 'of at least 0 and at most 0.999999, was given 1'),

@@ -4,7 +4,7 @@ from torch.func import functional_call
 
 from smoothout import adapted, batch_norm_parameters, draw
 from utils.device import bf16_autocast
-from utils.eval import Meter, cross_entropy
+from utils.eval import Meter, cross_entropy, predict
 
 
 class Landscape:
@@ -15,14 +15,16 @@ class Landscape:
     statistics. Both are the default of the methods below. All losses are cross-entropy, the mean over the images,
     summed in float64.
 
-    adjust: a function of what the model returns that gives logits instead, or None.
+    adjust: a function of what the model returns that gives logits instead, or None. tta: None, or 'mirror' as in
+    `utils.eval.predict`.
 
     batches: a data.Batches, or anything with its length, num_classes and labels that gives (inputs, targets) the same
     way each time. precision: 'bf16' passes under autocast, else the passes have the dtype of the weights.
     """
 
     def __init__(self, model, batches, precision='fp32'):
-        self.model, self.batches, self.precision, self.adjust = model.eval(), batches, precision, None
+        self.model, self.batches, self.precision = model.eval(), batches, precision
+        self.adjust, self.tta = None, None
         named = dict(model.named_parameters())
         self.shapes = {name: p.shape for name, p in named.items()}
         self.weights = torch.cat([p.detach().reshape(-1) for p in named.values()])
@@ -39,7 +41,8 @@ class Landscape:
         """What the model returns for `inputs`, (batch, 3, height, width); tensors: its parameters and buffers by name.
         """
         with bf16_autocast(inputs.device, self.precision == 'bf16'):
-            outputs = functional_call(self.model, tensors, (inputs.to(self.weights.dtype),))
+            outputs = predict(lambda images: functional_call(self.model, tensors, (images,)),
+                              inputs.to(self.weights.dtype), self.tta)
         return self.adjust(outputs) if self.adjust else outputs
 
     @torch.no_grad()
