@@ -7,8 +7,8 @@
 # What differs, as PyTorch's RMSprop is not TensorFlow's. There epsilon, 0.01, is added inside of the square root, so it
 # is 0.1 here; the mean of squares begins at 1, so the first 40 steps are short, for which here the rate climbs for two
 # epochs; and that mean keeps 0.9 of itself each step, not 0.99. The authors' rate is 0.1. On 12000 images of
-# Fashion-MNIST the margin alone learned at it while the rate climbed, to 32%, and was at 10% an epoch later; at 0.01, on
-# 6000 images, it was at 83% after four epochs. With epsilon 0.01 neither loss learned.
+# Fashion-MNIST the margin alone learned at it while the rate climbed, to 32%, and was at 10% an epoch later; at 0.01,
+# on 6000 images, it was at 83% after four epochs. With epsilon 0.01 neither loss learned.
 #
 # 2 losses = 2 runs for each seed, of 200 epochs.
 #
