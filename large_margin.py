@@ -81,6 +81,16 @@ class LargeMarginLoss(nn.Module):
         self.approximate, self.layer_weights, self.epsilon = approximate, layer_weights, epsilon
 
     def forward(self, logits, targets, activations):
+        distances = self.distances(logits, targets, activations)
+        if self.aggregate == 'worst':
+            distances = distances.amin(dim=0, keepdim=True)
+        # The authors' code adds gamma and subtracts it again, which rounds d to the precision of gamma.
+        losses = -distances.clamp(self.gamma * (1 - self.alpha), self.gamma)
+        losses = losses.mean(dim=0) if self.aggregate == 'mean' else losses.sum(dim=0)
+        return losses.sum() / max(losses.numel(), 1)
+
+    def distances(self, logits, targets, activations):
+        """d of each of the top_k classes before the clip, (top_k, layers, batch), in float32 at least."""
         weights = self.layer_weights or [1.0] * len(activations)
         if weights == 'elements':
             weights = [math.prod(tensor.shape[1:]) for tensor in activations]
@@ -103,13 +113,7 @@ class LargeMarginLoss(nn.Module):
                     raise ValueError('LargeMarginLoss was given an activation that the logits do not depend on')
                 distances.append(torch.stack([difference / (self._dual_norm(gradient) / weight + self.epsilon)
                                               for gradient, weight in zip(gradients, weights)]))
-            distances = torch.stack(distances)  # (top_k, layers, batch)
-            if self.aggregate == 'worst':
-                distances = distances.amin(dim=0, keepdim=True)
-            # The authors' code adds gamma and subtracts it again, which rounds d to the precision of gamma.
-            losses = -distances.clamp(self.gamma * (1 - self.alpha), self.gamma)
-            losses = losses.mean(dim=0) if self.aggregate == 'mean' else losses.sum(dim=0)
-            return losses.sum() / max(losses.numel(), 1)
+            return torch.stack(distances)
 
     def _differences(self, logits, targets):
         """For each of the top_k classes j: p_y - p_j (batch,), and its gradient at the logits (batch, classes).

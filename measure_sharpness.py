@@ -17,9 +17,8 @@ L is the mean cross-entropy in evaluation, w the weights as one vector of P numb
 A maximum is the best that its search found, so it is a lower bound. Each measurement is added to FILE-sharpness.json
 beside the checkpoint, with all its settings, and is not made again when it is there.
 """
+import functools
 import math
-import os
-import time
 
 import numpy as np
 import scipy.optimize
@@ -30,11 +29,9 @@ import torch.nn.functional as F
 import smoothout
 from utils import memory, metrics
 from utils.batches import seeded_generator
-from utils.device import environment
 from utils.errors import Stopped, UserError
-from utils.files import read_json, write_json
 from utils.flags import Parser, bounded
-from utils.lab import checkpoints
+from utils.lab import checkpoints, entries
 from utils.script import run_script
 
 
@@ -239,7 +236,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # differences of losses need all digits of fp32
     paths = [f'{checkpoints.stem(args, subject.path)}-sharpness.json' for subject in subjects]
     for path in paths:
-        read(path)
+        entries.read(path, cells)
     batches = checkpoints.images_of(subjects[0], args.mode, args)
     images = {'mode': args.mode, **checkpoints.describe_images(batches)}
     rows = []
@@ -249,7 +246,11 @@ def main():
                         'seed': args.seed}
             rows.append([name])
             for measure in args.measures:
-                entry = measured(measure, checkpoints.landscape(subject, batches), path, settings, args)
+                function, flags = MEASURES[measure]
+                own = {flag: getattr(args, flag) for flag in flags}
+                landscape = checkpoints.landscape(subject, batches)
+                make = functools.partial(function, landscape, args.seed, **own)
+                entry = entries.measured(measure, settings | own, make, path, cells, subject.device)
                 rows[-1] += cells(measure, entry['result'])
                 print(f'{name} | {measure} {" ".join(cells(measure, entry["result"]))} | {entry["seconds"]:.1f} '
                       's', flush=True)
@@ -258,37 +259,6 @@ def main():
         raise
     print_table(args, images, rows)
     print('\ntables', *paths)
-
-
-def measured(measure, landscape, path, settings, args):
-    """The entry of one measurement in the JSON file at `path`, made and added if it is not there."""
-    entries = read(path)
-    function, flags = MEASURES[measure]
-    own = {flag: getattr(args, flag) for flag in flags}
-    for entry in entries:
-        if entry['measure'] == measure and entry['settings'] == settings | own:
-            return entry
-    began = time.perf_counter()
-    result = function(landscape, args.seed, **own)
-    entry = {'measure': measure, 'settings': settings | own, 'result': result, 'seconds': time.perf_counter() - began,
-             'environment': environment(landscape.weights.device)}
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    write_json(path, [*entries, entry])
-    return entry
-
-
-def read(path):
-    """What was measured before: the entries in the JSON file at `path`, none if there is no such file."""
-    if not os.path.exists(path):
-        return []
-    try:
-        entries = read_json(path)
-        for entry in entries:
-            cells(entry['measure'], entry['result'])
-            entry['settings'], entry['seconds']
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is not what this script writes; move it away, or use another --out') from error
-    return entries
 
 
 def cells(measure, result):

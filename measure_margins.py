@@ -1,0 +1,287 @@
+"""Numbers for how far apart a checkpoint keeps the classes: angles, margins, distances, collapse, calibration.
+
+    python measure_margins.py FILE [FILE ...]                       angles and margins of each, on the test images
+    python measure_margins.py FILE [FILE ...] --all --images 500    everything below, on 500 of them
+
+x are the features, which go into the head, w_j the class weights, p the probabilities, y the target.
+
+    --angles       in degrees: of x to the nearest class weight, which DMA lowers, to w_y, and to the mean of its class;
+                   margin: of x to the nearest other class weight, minus that to w_y; between class means, and between
+                   class weights. Biases do not count. A vector of zeros is at 90 degrees to every vector.
+    --margins      logit of y minus that of the best other class, and the same of probabilities. --spectral: that of
+                   logits, divided by the product of the spectral norms of the layers (Bartlett et al., arXiv
+                   1706.08498, without their factor of distances). A convolution counts as its weight reshaped to a
+                   matrix, BatchNorm as max |gamma| / sqrt(var + eps), any other layer as 1, a shortcut as one more
+                   layer, and the head as its raw weight, also if it normalises it. So compare networks of one shape.
+    --distances    to first order, from the image and from --layers to the decision boundary, in the norms 1, 2 and inf,
+                   as large_margin.py computes it: below 0 if the image is wrong, and from probabilities, so that it
+                   grows exponentially with the logit margin. From the image also the length of a perturbation that
+                   changes the prediction, in the norms 2 and inf: by DeepFool (arXiv 1511.04599), and that found
+                   shorter by PGD (arXiv 1706.06083) and bisection. These are upper bounds, and 0 for wrong images.
+                   Images are as the network gets them, normalised, which is the unit; perturbed ones need not be
+                   colours.
+    --collapse     NC1, NC2 and NC3 of neural collapse (arXiv 2008.08186), which is about the training images: give
+                   --mode train --no-augment
+    --calibration  loss (NLL) and calibration error (ECE), and both after the logits are divided by the temperature T
+                   (arXiv 1706.04599) that is best on the run's validation images, which it needs (--val-split)
+
+Of what each image has, the mean, the standard deviation and the 5% quantile over the images. Each measurement is added
+to FILE-margins.json beside the checkpoint, with all its settings, and is not made again when it is there.
+"""
+import functools
+import math
+
+import torch
+
+from utils import memory, metrics
+from utils.activations import Activations
+from utils.device import bf16_autocast
+from utils.errors import Stopped, UserError
+from utils.eval import logits_of
+from utils.flags import Parser, bounded
+from utils.lab import checkpoints, entries, margins as lab
+from utils.script import run_script
+
+
+class View:
+    """A checkpoint's network over `batches`; one pass serves all measures that do not change the images.
+
+    validation: the run's validation images, for calibration. layers: of distances, as for `Activations`, whose errors
+    are a UserError.
+    """
+
+    def __init__(self, subject, layers):
+        self.subject, self.model, self.batches, self.validation = subject, subject.model, None, None
+        try:
+            self.activations = Activations(self.model, layers)
+        except ValueError as error:
+            raise UserError(f'{subject.path}: {error}') from error
+        self.activations.active = False
+        self.dtype = next(self.model.parameters()).dtype
+
+    def weight(self):
+        """That of the head, (classes, features). UserError if there is none."""
+        weight, shape = getattr(self.model.head, 'weight', None), (self.model.num_classes, self.model.in_features)
+        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
+            raise UserError(f'--angles and --collapse need a head with a weight of {shape[0]} classes x {shape[1]} '
+                            f'features, and that of {self.subject.path} is a {type(self.model.head).__name__} without '
+                            'one')
+        return weight.detach().cpu()
+
+    def network(self, inputs):
+        """Logits (batch, classes), in float32 at least."""
+        with bf16_autocast(inputs.device, self.subject.args.precision == 'bf16'):
+            logits = logits_of(self.model(inputs))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @functools.cached_property
+    def outputs(self):
+        return self.outputs_on(self.batches)
+
+    @torch.no_grad()
+    def outputs_on(self, batches):
+        """Features, logits, both float32, and targets of all images, on the CPU."""
+        number, features, classes = len(batches.labels), self.model.in_features, self.model.num_classes
+        memory.check(4 * number * (features + 3 * classes), f'the features and logits of {number} images', '--images')
+        kept, places = (torch.empty(number, features), torch.empty(number, classes),
+                        torch.empty(number, dtype=torch.int64)), range(0)
+        for inputs, targets in batches:
+            places = range(places.stop, places.stop + len(targets))
+            with bf16_autocast(inputs.device, self.subject.args.precision == 'bf16'):
+                features = self.model.features(inputs.to(self.dtype))
+                logits = logits_of(self.model.classify(features))
+            for tensor, values in zip(kept, (features, logits, targets)):
+                tensor[places.start:places.stop] = values
+        bad = ~(kept[0].isfinite().all(dim=1) & kept[1].isfinite().all(dim=1))
+        if bad.any():
+            raise UserError(f'the network of {self.subject.path} gives NaN or infinite numbers for {int(bad.sum())} of '
+                            f'{number} images, so there is nothing to measure')
+        return kept
+
+
+def angles(view):
+    features, _, targets = view.outputs
+    return lab.angles(features, targets, view.weight())
+
+
+def margins(view, spectral):
+    _, logits, targets = view.outputs
+    of_logits, of_probabilities = lab.margins(logits, targets)
+    result = {'top-1 (%)': 100 * (logits.argmax(dim=1) == targets).double().mean().item(),
+              'logit margin': lab.summary(of_logits), 'probability margin': lab.summary(of_probabilities)}
+    if spectral:
+        product = lab.log_spectral_product(view.model)
+        defined = product > -math.inf  # not of a layer of zeros
+        result['spectrally normalised margin'] = lab.summary(of_logits * math.exp(-product)) if defined else None
+        result['log10 of the product of norms'] = product / math.log(10) if defined else None
+    return result
+
+
+def distances(view, layers, top_k, pgd_steps, bisections):
+    found, top_k = {}, min(top_k, view.model.num_classes - 1)
+    view.outputs  # refused if it is NaN
+    for inputs, targets in view.batches:
+        inputs = inputs.to(view.dtype)
+        view.activations.active = True
+        try:
+            of_batch = {f'first-order distance at {name}, norm {norm}': d for (name, norm), d
+                        in lab.first_order(view.network, view.activations, inputs, targets, top_k).items()}
+        except ValueError as error:
+            raise UserError(f'{view.subject.path}: {error}') from error
+        view.activations.active = False
+        for norm in ('2', 'inf'):
+            by_deepfool = lab.deepfool(view.network, inputs, targets, norm, top_k)
+            by_pgd = lab.pgd(view.network, inputs, targets, norm, by_deepfool, pgd_steps, bisections)
+            of_batch[f'upper bound by DeepFool, norm {norm}'] = by_deepfool
+            of_batch[f'upper bound by PGD, norm {norm}'] = by_pgd
+        for name, values in of_batch.items():
+            found.setdefault(name, []).append(values.cpu())
+    return {name: lab.summary(torch.cat(parts)) for name, parts in found.items()}
+
+
+def collapse(view):
+    features, _, targets = view.outputs
+    return lab.collapse(features, targets, view.weight())
+
+
+def calibration(view):
+    _, logits, targets = view.outputs
+    _, *held_out = view.outputs_on(view.validation)
+    temperature = lab.best_temperature(*held_out)
+
+    def numbers(temperature):
+        probabilities = (logits / temperature).softmax(dim=1).numpy()
+        return (lab.mean_loss(logits, targets, temperature),
+                100 * metrics.calibration_error(probabilities, targets.numpy()))
+
+    names = 'loss (NLL)', 'calibration error (%)', 'temperature', 'loss after it', 'calibration error after it (%)'
+    return dict(zip(names, (*numbers(1.0), temperature, *numbers(temperature))))
+
+
+# A measure -> its function, and the flags that are its further arguments.
+MEASURES = {
+    'angles': (angles, ()),
+    'margins': (margins, ('spectral',)),
+    'distances': (distances, ('layers', 'top_k', 'pgd_steps', 'bisections')),
+    'collapse': (collapse, ()),
+    'calibration': (calibration, ()),
+}
+
+
+def parse_arguments():
+    """(flags, with the chosen `measures`; the checkpoints)."""
+    parser = Parser(prog='measure_margins.py', usage='python measure_margins.py FILE [FILE ...] [flags]',
+                    description='Numbers for how far apart a checkpoint keeps the classes.')
+    checkpoints.add_arguments(parser, modes=None, default_modes='test', precision='fp32')
+    group = parser.add_argument_group('what is measured')
+    group.add_argument('--all', action='store_true', help='all of these; calibration only where it is possible')
+    group.add_argument('--angles', action='store_true', help='between features, class weights and class means; '
+                                                             'measured with margins if nothing is named')
+    group.add_argument('--margins', action='store_true', help='of logits and of probabilities')
+    group.add_argument('--spectral', action='store_true', help='also divided by the spectral norms of the layers')
+    group.add_argument('--distances', action='store_true', help='to the decision boundary')
+    group.add_argument('--layers', nargs='+', default=['input'], metavar='NAME',
+                       help='of the first-order distance: modules, features, or input (input)')
+    group.add_argument('--top-k', type=bounded(int, 1), default=9, metavar='K',
+                       help='other classes whose boundaries count, the most probable (9)')
+    group.add_argument('--pgd-steps', type=bounded(int, 1), default=20, metavar='N', help='at each radius (20)')
+    group.add_argument('--bisections', type=bounded(int, 1), default=8, metavar='N', help='of the radius of PGD (8)')
+    group.add_argument('--collapse', action='store_true', help='neural collapse: NC1, NC2, NC3')
+    group.add_argument('--calibration', action='store_true', help='before and after temperature scaling')
+    args = parser.parse_args()
+    chosen = [name for name in MEASURES if args.all or getattr(args, name)]
+    args.measures, args.spectral = chosen or ['angles', 'margins'], args.spectral or args.all
+    for name, (_, flags) in MEASURES.items():
+        for flag in flags:
+            if flag in args.given and name not in args.measures:
+                parser.error(f'--{flag.replace("_", "-")} is used by --{name}, which is not asked for')
+    subjects = [checkpoints.open_checkpoint(path, args, parser) for path in checkpoints.files_of(args, parser)]
+    why = why_no_calibration(args, subjects) if 'calibration' in args.measures else None
+    if why and args.calibration:
+        parser.error(why)
+    if why:
+        args.measures.remove('calibration')
+        print(f'left out: {why}')
+    return args, subjects
+
+
+def why_no_calibration(args, subjects):
+    """One sentence, or None."""
+    if args.mode == 'val':
+        return '--calibration finds the temperature on the validation images, so it needs --mode test or train'
+    without = [one.path for one in subjects if not getattr(one.args, 'val_split', None)]
+    if without:
+        return (f'--calibration finds the temperature on validation images, so it needs runs with --val-split, and '
+                f'{without[0]} is of one without')
+    return None
+
+
+def main():
+    args, subjects = parse_arguments()
+    checkpoints.check_alike(subjects)
+    torch.backends.cudnn.allow_tf32 = False  # small distances need all digits of fp32
+    paths = [f'{checkpoints.stem(args, subject.path)}-margins.json' for subject in subjects]
+    views = [View(subject, args.layers) for subject in subjects]
+    for view, path in zip(views, paths):
+        entries.read(path, cells)
+        if view.model.num_classes < 2:
+            raise UserError(f'{view.subject.path} knows one class, and a margin is between two')
+        if {'angles', 'collapse'} & set(args.measures):
+            view.weight()
+    batches = checkpoints.images_of(subjects[0], args.mode, args)
+    images, columns = {'mode': args.mode, **checkpoints.describe_images(batches)}, []
+    names = checkpoints.names_of([subject.path for subject in subjects])
+    try:
+        for name, view, path in zip(names, views, paths):
+            view.batches = batches
+            columns.append(measure(args, view, name, images, path))
+            view.__dict__.pop('outputs', None)  # those of one checkpoint at a time
+    except Stopped as stop:
+        stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
+        raise
+    print_table(args, images, names, columns)
+    print('\ntables', *paths)
+
+
+def measure(args, view, name, images, path):
+    """The numbers of a checkpoint, {what it is: text}."""
+    column = {}
+    for measure in args.measures:
+        function, flags = MEASURES[measure]
+        own = {flag: getattr(args, flag) for flag in flags}
+        settings = {'checkpoint': checkpoints.description(view.subject), 'images': images,
+                    'precision': args.precision, **own}
+        if measure == 'calibration':
+            view.validation = checkpoints.images_of(view.subject, 'val', args)
+            settings['validation'] = checkpoints.describe_images(view.validation)
+        entry = entries.measured(measure, settings, functools.partial(function, view, **own), path, cells,
+                                 view.subject.device)
+        column |= cells(measure, entry['result'])
+        print(f'{name} | {measure} | {entry["seconds"]:.1f} s', flush=True)
+    return column
+
+
+def cells(measure, result):
+    """{what is measured: text} of a measurement."""
+    return {what: text(value) for what, value in result.items()}
+
+
+def text(value):
+    if not isinstance(value, dict):
+        return '-' if value is None else f'{value:.4g}'
+    missing = f', {value["not found"]} not found' if 'not found' in value else ''
+    if value['mean'] is None:
+        return '-' + missing
+    return f'{metrics.plus_minus(value["mean"], value["deviation"], ".4g")} ({value["5%"]:.4g}){missing}'
+
+
+def print_table(args, images, names, columns):
+    print(f'\n| {" | ".join(["", *names])} |', '| --- ' * (1 + len(names)) + '|', sep='\n')
+    for what in dict.fromkeys(what for column in columns for what in column):
+        print(f'| {" | ".join([what, *(column[what] for column in columns)])} |')
+    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over images, and in '
+          'brackets is the 5% quantile. Angles are in degrees, distances in units of the normalised images.')
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,40 @@
+"""Measurements in a JSON file beside a checkpoint, each with all its settings, and none made twice."""
+import os
+import time
+
+from utils.device import environment
+from utils.errors import UserError
+from utils.files import read_json, write_json
+
+
+def read(path, cells):
+    """What was measured before: the entries in the JSON file at `path`, none if there is no such file.
+
+    cells: a function (measure, result) that fails with a ValueError, KeyError, TypeError or AttributeError on what is
+    no result; the file then is not of this script, a UserError.
+    """
+    if not os.path.exists(path):
+        return []
+    try:
+        entries = read_json(path)
+        for entry in entries:
+            cells(entry['measure'], entry['result'])
+            entry['settings'], entry['seconds']
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is not what this script writes; move it away, or use another --out') from error
+    return entries
+
+
+def measured(measure, settings, make, path, cells, device):
+    """The entry of one measurement in the JSON file at `path`, made by `make()` and added if it is not there."""
+    entries = read(path, cells)
+    for entry in entries:
+        if entry['measure'] == measure and entry['settings'] == settings:
+            return entry
+    began = time.perf_counter()
+    result = make()
+    entry = {'measure': measure, 'settings': settings, 'result': result, 'seconds': time.perf_counter() - began,
+             'environment': environment(device)}
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    write_json(path, [*entries, entry])
+    return entry
