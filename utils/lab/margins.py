@@ -235,7 +235,7 @@ def mean_loss(logits, targets, temperature=1.0):
 def best_temperature(logits, targets, least=0.01, most=100.0):
     """The T between `least` and `most` whose mean_loss is the lowest (Guo et al., arXiv 1706.04599, section 4.2).
 
-    The loss is convex in 1 / T, so it has one valley. If all predictions are right it falls as far as `least`.
+    The loss is convex in 1 / T, so it has one valley. If all predictions are right it falls towards `least`.
     """
     found = minimize_scalar(lambda log: mean_loss(logits, targets, math.exp(log)), method='bounded',
                             bounds=(math.log(least), math.log(most)), options={'xatol': 1e-6})
