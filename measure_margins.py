@@ -15,18 +15,19 @@ x are the features, which go into the head, w_j the class weights, p the probabi
                    layer, and the head as its raw weight, also if it normalises it. So compare networks of one shape.
     --distances    to first order, from the image and from --layers to the decision boundary, in the norms 1, 2 and inf,
                    as large_margin.py computes it: below 0 if the image is wrong, and from probabilities, so that it
-                   grows exponentially with the logit margin. From the image also the length of a perturbation that
-                   changes the prediction, in the norms 2 and inf: by DeepFool (arXiv 1511.04599), and that found
-                   shorter by PGD (arXiv 1706.06083) and bisection. These are upper bounds, and 0 for wrong images.
-                   Images are as the network gets them, normalised, which is the unit; perturbed ones need not be
-                   colours.
+                   grows exponentially with the logit margin: its median says more than its mean. From the image also
+                   the length of a perturbation that changes the prediction, in the norms 2 and inf: by DeepFool (arXiv
+                   1511.04599), and that shortened by PGD (arXiv 1706.06083) and bisection. These are upper bounds, and
+                   0 for wrong images. Images are as the network gets them, normalised, which is the unit; perturbed
+                   ones need not be colours.
     --collapse     NC1, NC2 and NC3 of neural collapse (arXiv 2008.08186), which is about the training images: give
                    --mode train --no-augment
     --calibration  loss (NLL) and calibration error (ECE), and both after the logits are divided by the temperature T
                    (arXiv 1706.04599) that is best on the run's validation images, which it needs (--val-split)
 
-Of what each image has, the mean, the standard deviation and the 5% quantile over the images. Each measurement is added
-to FILE-margins.json beside the checkpoint, with all its settings, and is not made again when it is there.
+Of what each image has, the mean, the standard deviation, the 5% quantile and the median over the images. Each
+measurement is added to FILE-margins.json beside the checkpoint, with all its settings, and is not made again when it is
+there.
 """
 import functools
 import math
@@ -234,7 +235,7 @@ def main():
     try:
         for name, view, path in zip(names, views, paths):
             view.batches = batches
-            columns.append(measure(args, view, name, images, path))
+            columns.append(column_of(args, view, name, images, path))
             view.__dict__.pop('outputs', None)  # those of one checkpoint at a time
     except Stopped as stop:
         stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
@@ -243,7 +244,7 @@ def main():
     print('\ntables', *paths)
 
 
-def measure(args, view, name, images, path):
+def column_of(args, view, name, images, path):
     """The numbers of a checkpoint, {what it is: text}."""
     column = {}
     for measure in args.measures:
@@ -272,15 +273,17 @@ def text(value):
     missing = f', {value["not found"]} not found' if 'not found' in value else ''
     if value['mean'] is None:
         return '-' + missing
-    return f'{metrics.plus_minus(value["mean"], value["deviation"], ".4g")} ({value["5%"]:.4g}){missing}'
+    spread = metrics.plus_minus(value['mean'], value['deviation'], '.4g')
+    return f'{spread} ({value["5%"]:.4g}, {value["median"]:.4g}){missing}'
 
 
 def print_table(args, images, names, columns):
     print(f'\n| {" | ".join(["", *names])} |', '| --- ' * (1 + len(names)) + '|', sep='\n')
     for what in dict.fromkeys(what for column in columns for what in column):
         print(f'| {" | ".join([what, *(column[what] for column in columns)])} |')
-    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over images, and in '
-          'brackets is the 5% quantile. Angles are in degrees, distances in units of the normalised images.')
+    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over images, in '
+          'brackets are the 5% quantile and the median. Angles are in degrees, distances in units of the normalised '
+          'images.')
 
 
 if __name__ == '__main__':

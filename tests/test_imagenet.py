@@ -21,6 +21,7 @@ import cifar
 import evaluate
 import imagenet
 import lsoftmax
+import measure_margins
 import measure_sharpness
 from helpers import call, contents, toy_runs
 from models import imagenet as models
@@ -691,6 +692,9 @@ def test_the_lab_opens_checkpoints(kept, runs, damaged, monkeypatch, tmp_path, c
 
     call(monkeypatch, measure_sharpness, f'{checkpoint_path} -o {tmp_path}/out --noise --draws 1 --mode train')
     assert re.search(r'42 train images', capsys.readouterr().out)
+    call(monkeypatch, measure_margins, f'{checkpoint_path} -o {tmp_path}/out --all --images 5 --pgd-steps 1')
+    printed = capsys.readouterr().out
+    assert 'left out: --calibration' in printed and '5 test images' in printed and 'nan' not in printed
     with pytest.raises(SystemExit):
         call(monkeypatch, evaluate, f'{checkpoint_path} -o {tmp_path}/out -d digits')
     assert '--dataset is not used by' in capsys.readouterr().err

@@ -38,6 +38,7 @@ def angle_by_loop(a, b):
 
 def approximately(values):
     return {'mean': pytest.approx(np.mean(values)), '5%': pytest.approx(np.quantile(values, 0.05)),
+            'median': pytest.approx(np.median(values)),
             'deviation': pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
@@ -89,8 +90,8 @@ def test_margins_by_loop(monkeypatch):
 
 def test_the_product_of_spectral_norms():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(16, affine=False),
-                        nn.Linear(16, 3))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                        nn.BatchNorm1d(16, affine=False), nn.Linear(16, 3))
     net[1].weight.data, net[1].running_var = torch.tensor([0.5, -3.0, 1.0, 2.0]), torch.tensor([1.0, 4.0, 0.1, 9.0])
     norms = [np.linalg.svd(net[0].weight.detach().numpy().reshape(4, 27))[1][0], 1 / math.sqrt(0.1 + 1e-5),
              1 / math.sqrt(1 + 1e-5), np.linalg.svd(net[5].weight.detach().numpy())[1][0]]
@@ -155,8 +156,9 @@ def test_where_there_is_no_slope_nothing_is_found(norm):
     found = lab.deepfool(network, torch.randn(3, 3, 2, 2), torch.tensor([0, 1, 0]), norm, 1)
     assert found.tolist() == [math.inf, 0, math.inf]
     assert lab.pgd(network, torch.randn(3, 3, 2, 2), torch.tensor([0, 1, 0]), norm, found, 2, 2).equal(found)
-    assert lab.summary(found) == {'mean': 0, 'deviation': None, '5%': 0, 'not found': 2}
-    assert lab.summary(found[:1]) == {'mean': None, 'deviation': None, '5%': None, 'not found': 1}
+    assert lab.summary(found) == {'mean': 0, 'deviation': None, '5%': 0, 'median': 0, 'not found': 2}
+    assert lab.summary(found[:1]) == {'mean': None, 'deviation': None, '5%': None, 'median': None, 'not found': 1}
+    assert script.text(lab.summary(found[:1])) == '-, 1 not found' and script.text(None) == '-'
 
 
 class Tiny(ImageClassifier):
@@ -273,7 +275,8 @@ def test_all_measures_of_several_checkpoints_in_a_table_and_in_json(runs, monkey
         assert list(found) == list(script.MEASURES)
         assert len(table) == 2 + sum(map(len, found.values()))
         for norm in ('2', 'inf'):
-            by_deepfool, by_pgd = (found['distances'][f'upper bound by {by}, norm {norm}'] for by in ('DeepFool', 'PGD'))
+            by_deepfool, by_pgd = (found['distances'][f'upper bound by {by}, norm {norm}']
+                                   for by in ('DeepFool', 'PGD'))
             assert 0 <= by_pgd['mean'] <= by_deepfool['mean']
         assert contents(runs / name) == before[name]
 

@@ -13,6 +13,7 @@ import cifar
 import compare
 import evaluate
 import imagenet
+import measure_margins
 import measure_sharpness
 import visualize_sharpness
 from helpers import call, toy_runs
@@ -24,7 +25,8 @@ from utils.lab import checkpoints
 runs = toy_runs(plain='-a lenet')
 FLAGS = [(cifar, flag) for flag in ('--data', '-c', '--checkpoint', '--resume', '--init')] + [
     (imagenet, flag) for flag in ('--data', '-c', '--resume', '--init')] + [
-    (script, flag) for script in (evaluate, measure_sharpness, visualize_sharpness) for flag in ('--data', '--out')] + [
+    (script, flag) for script in (evaluate, measure_sharpness, measure_margins, visualize_sharpness)
+    for flag in ('--data', '--out')] + [
     (evaluate, '--evaluate'), (visualize_sharpness, '--slave-evaluate'), (compare, '--plot'), (compare, '')]
 
 

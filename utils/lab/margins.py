@@ -19,13 +19,13 @@ ROWS = 4096  # images that are converted to float64 at a time
 
 
 def summary(values):
-    """Mean, standard deviation (None of one value) and 5% quantile of (N,); infinite values are only counted."""
+    """Mean, standard deviation (None of one value), 5% quantile, median of (N,); infinite values are only counted."""
     values = values.double().cpu().numpy()
     finite = values[np.isfinite(values)]
-    result = {'mean': None, 'deviation': None, '5%': None}
+    result = dict.fromkeys(('mean', 'deviation', '5%', 'median'))
     if len(finite):
         result = {'mean': finite.mean().item(), 'deviation': finite.std(ddof=1).item() if len(finite) > 1 else None,
-                  '5%': np.quantile(finite, 0.05).item()}
+                  '5%': np.quantile(finite, 0.05).item(), 'median': np.median(finite).item()}
     return result | ({'not found': len(values) - len(finite)} if len(finite) < len(values) else {})
 
 
