@@ -61,6 +61,8 @@ def make_parser():
     group.add_argument('--widths', metavar='A-B-C', help='airbench: channels of its three groups (64-256-256)')
     group.add_argument('--drop', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
+    group.add_argument('--feature-dim', type=bounded(int, 2, 100000), metavar='N',
+                       help='a linear layer to N features before the head of any network, such as 2 to draw them')
     group = parser.add_argument_group('training')
     schedule.add_arguments(group)
     flags.add_training_arguments(group, train_batch=128, test_batch=500)
@@ -97,7 +99,7 @@ def parse_arguments():
     try:
         args.arch_options = arch_options(args)
         with torch.device('meta'):
-            model = models.build(args.arch, 2, methods.build_head(args), **args.arch_options)
+            model = models.build(args.arch, 2, methods.build_head(args), args.feature_dim, **args.arch_options)
     except ValueError as error:
         parser.error(str(error))
     validate(args, state, model.regime, parser)
@@ -124,6 +126,8 @@ def main():
     known = None if args.evaluate else datasets.describe(args.dataset, args.data, args.image_size, args.workers)
     num_classes = known.num_classes if known else len(state['classes'])
     architecture = {'arch': args.arch, **args.arch_options, 'num_classes': num_classes}
+    if args.feature_dim:  # otherwise there is no such entry, as in checkpoints of earlier versions
+        architecture['feature_dim'] = args.feature_dim
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
     memory.check_network(args, build, architecture, args.image_size, device)
     model = build(args, architecture)
@@ -215,7 +219,7 @@ def test(batches, model, args, meter=None):
 
 def build(args, architecture):
     """The network that `architecture` describes, with the head and the loss terms of the chosen methods."""
-    options = {name: value for name, value in architecture.items() if name in models.OPTION_FLAGS}
+    options = {name: value for name, value in architecture.items() if name in (*models.OPTION_FLAGS, 'feature_dim')}
     model = models.build(args.arch, architecture['num_classes'], methods.build_head(args), **options)
     model.head_dropout = args.dropout
     return methods.attach_loss_terms(args, model)

@@ -72,6 +72,25 @@ class ImageClassifier(nn.Module):
         return self
 
 
+class _WithFeatureLayer:
+    """A mixin before the class of a network, whose features go through `feature_layer`."""
+
+    def features(self, x):
+        return self.feature_layer(super().features(x))
+
+
+def add_feature_layer(model, feature_dim, classifier):
+    """Put a linear layer to `feature_dim` features before the head of an ImageClassifier, which `classifier` makes
+    again. Returns the model.
+    """
+    del model.head  # so that the new one is the last module
+    model.feature_layer = nn.Linear(model.in_features, feature_dim)
+    # A subclass rather than an attribute `features`, which a copy of the model would share.
+    model.__class__ = type(type(model).__name__, (_WithFeatureLayer, type(model)), {})
+    model.set_head(feature_dim, model.num_classes, classifier)
+    return model
+
+
 class StagedClassifier(ImageClassifier):
     """A network of stages `layer1`, `layer2`, ...: every stage after the first halves the resolution."""
 

@@ -72,6 +72,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('alpha',            True,                MODEL,      True),
     ('widths',           True,                MODEL,      True),
     ('base_width',       True,                MODEL,      True),
+    ('feature_dim',      True,                MODEL,      True),
     ('pretrained',       True,                BEGIN,      True),
     ('init',             True,                BEGIN,      False),
     # training

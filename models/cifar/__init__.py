@@ -7,7 +7,7 @@ import inspect
 
 import torch.nn as nn
 
-from models.base import with_defaults
+from models.base import add_feature_layer, with_defaults
 from models.cifar.airbench import airbench
 from models.cifar.alexnet import alexnet
 from models.cifar.densenet import densenet
@@ -50,6 +50,12 @@ def resolve_options(arch, options):
     return with_defaults(arch, options, known, OPTION_FLAGS)
 
 
-def build(arch, num_classes, classifier=nn.Linear, **options):
-    """The network `arch`. ValueError for an option it does not know or a depth that it cannot have."""
-    return MODELS[arch](num_classes, classifier, **resolve_options(arch, options))
+def build(arch, num_classes, classifier=nn.Linear, feature_dim=None, **options):
+    """The network `arch`. ValueError for an option it does not know or a depth that it cannot have.
+
+    feature_dim: a linear layer to so many features comes before the head.
+    """
+    if feature_dim is None:
+        return MODELS[arch](num_classes, classifier, **resolve_options(arch, options))
+    model = MODELS[arch](num_classes, lambda *sizes: nn.Identity(), **resolve_options(arch, options))
+    return add_feature_layer(model, feature_dim, classifier)
