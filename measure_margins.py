@@ -34,75 +34,19 @@ import math
 
 import torch
 
-from utils import memory, metrics
-from utils.activations import Activations
-from utils.device import bf16_autocast
+from utils import metrics
 from utils.errors import Stopped, UserError
-from utils.eval import logits_of
 from utils.flags import Parser, bounded
 from utils.lab import checkpoints, entries, margins as lab
+from utils.lab.view import View
 from utils.script import run_script
 
-
-class View:
-    """A checkpoint's network over `batches`; one pass serves all measures that do not change the images.
-
-    validation: the run's validation images, for calibration. layers: of distances, as for `Activations`, whose errors
-    are a UserError.
-    """
-
-    def __init__(self, subject, layers):
-        self.subject, self.model, self.batches, self.validation = subject, subject.model, None, None
-        try:
-            self.activations = Activations(self.model, layers)
-        except ValueError as error:
-            raise UserError(f'{subject.path}: {error}') from error
-        self.activations.active = False
-        self.dtype = next(self.model.parameters()).dtype
-
-    def weight(self):
-        """That of the head, (classes, features). UserError if there is none."""
-        weight, shape = getattr(self.model.head, 'weight', None), (self.model.num_classes, self.model.in_features)
-        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
-            raise UserError(f'--angles and --collapse need a head with a weight of {shape[0]} classes x {shape[1]} '
-                            f'features, and that of {self.subject.path} is a {type(self.model.head).__name__} without '
-                            'one')
-        return weight.detach().cpu()
-
-    def network(self, inputs):
-        """Logits (batch, classes), in float32 at least."""
-        with bf16_autocast(inputs.device, self.subject.args.precision == 'bf16'):
-            logits = logits_of(self.model(inputs))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    @functools.cached_property
-    def outputs(self):
-        return self.outputs_on(self.batches)
-
-    @torch.no_grad()
-    def outputs_on(self, batches):
-        """Features, logits, both float32, and targets of all images, on the CPU."""
-        number, features, classes = len(batches.labels), self.model.in_features, self.model.num_classes
-        memory.check(4 * number * (features + 3 * classes), f'the features and logits of {number} images', '--images')
-        kept, places = (torch.empty(number, features), torch.empty(number, classes),
-                        torch.empty(number, dtype=torch.int64)), range(0)
-        for inputs, targets in batches:
-            places = range(places.stop, places.stop + len(targets))
-            with bf16_autocast(inputs.device, self.subject.args.precision == 'bf16'):
-                features = self.model.features(inputs.to(self.dtype))
-                logits = logits_of(self.model.classify(features))
-            for tensor, values in zip(kept, (features, logits, targets)):
-                tensor[places.start:places.stop] = values
-        bad = ~(kept[0].isfinite().all(dim=1) & kept[1].isfinite().all(dim=1))
-        if bad.any():
-            raise UserError(f'the network of {self.subject.path} gives NaN or infinite numbers for {int(bad.sum())} of '
-                            f'{number} images, so there is nothing to measure')
-        return kept
+NEED_WEIGHT = '--angles and --collapse need'
 
 
 def angles(view):
     features, _, targets = view.outputs
-    return lab.angles(features, targets, view.weight())
+    return lab.angles(features, targets, view.weight(NEED_WEIGHT))
 
 
 def margins(view, spectral):
@@ -123,13 +67,8 @@ def distances(view, layers, top_k, pgd_steps, bisections):
     view.outputs  # refused if it is NaN
     for inputs, targets in view.batches:
         inputs = inputs.to(view.dtype)
-        view.activations.active = True
-        try:
-            of_batch = {f'first-order distance at {name}, norm {norm}': d for (name, norm), d
-                        in lab.first_order(view.network, view.activations, inputs, targets, top_k).items()}
-        except ValueError as error:
-            raise UserError(f'{view.subject.path}: {error}') from error
-        view.activations.active = False
+        of_batch = {f'first-order distance at {name}, norm {norm}': d for (name, norm), d
+                    in view.first_order(inputs, targets, top_k).items()}
         for norm in ('2', 'inf'):
             by_deepfool = lab.deepfool(view.network, inputs, targets, norm, top_k)
             by_pgd = lab.pgd(view.network, inputs, targets, norm, by_deepfool, pgd_steps, bisections)
@@ -142,7 +81,7 @@ def distances(view, layers, top_k, pgd_steps, bisections):
 
 def collapse(view):
     features, _, targets = view.outputs
-    return lab.collapse(features, targets, view.weight())
+    return lab.collapse(features, targets, view.weight(NEED_WEIGHT))
 
 
 def calibration(view):
@@ -228,7 +167,7 @@ def main():
         if view.model.num_classes < 2:
             raise UserError(f'{view.subject.path} knows one class, and a margin is between two')
         if {'angles', 'collapse'} & set(args.measures):
-            view.weight()
+            view.weight(NEED_WEIGHT)
     batches = checkpoints.images_of(subjects[0], args.mode, args)
     images, columns = {'mode': args.mode, **checkpoints.describe_images(batches)}, []
     names = checkpoints.names_of([subject.path for subject in subjects])

@@ -13,13 +13,14 @@ import imagenet
 import measure_margins
 import measure_sharpness
 import visualize2_sharpness
+import visualize_features
 import visualize_sharpness
 from utils.errors import UserError, shown
 from utils.flags import FLOAT32, Parser, bounded
 
 runs = toy_runs(plain='-a lenet')
 SCRIPTS = (cifar, imagenet, compare, evaluate, measure_sharpness, measure_margins, visualize_sharpness,
-           visualize2_sharpness)
+           visualize2_sharpness, visualize_features)
 ODD = ('', ' ', '--', '-', '\n', 'a\nb', '\x1b[31m', '\u2028', '\udcff', '%s %', '1e39', '-1e39', '1e-320', '1e-400',
        'nan', 'inf', '1e999999999', '1e-999999999', '9223372036854775808', '9' * 5000, '1:2', '1e99:1:2',
        '0:1e-320:1', '-1', '0')

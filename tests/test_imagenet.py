@@ -23,6 +23,7 @@ import imagenet
 import lsoftmax
 import measure_margins
 import measure_sharpness
+import visualize_features
 from helpers import call, contents, toy_runs
 from models import imagenet as models
 from utils import checkpoint, datasets, folders, methods, metrics, run as utils_run
@@ -695,6 +696,9 @@ def test_the_lab_opens_checkpoints(kept, runs, damaged, monkeypatch, tmp_path, c
     call(monkeypatch, measure_margins, f'{checkpoint_path} -o {tmp_path}/out --all --images 5 --pgd-steps 1')
     printed = capsys.readouterr().out
     assert 'left out: --calibration' in printed and '5 test images' in printed and 'nan' not in printed
+    for flags in ('--images 10', '--images 5 --histograms --distances'):
+        call(monkeypatch, visualize_features, f'{checkpoint_path} -o {tmp_path}/out {flags}')
+    assert len(list((tmp_path / 'out').glob('*-*s.pdf'))) == 2
     with pytest.raises(SystemExit):
         call(monkeypatch, evaluate, f'{checkpoint_path} -o {tmp_path}/out -d digits')
     assert '--dataset is not used by' in capsys.readouterr().err

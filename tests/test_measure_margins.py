@@ -373,7 +373,7 @@ def test_what_cannot_be_measured_is_one_sentence(monkeypatch):
     deep = Tiny(classifier=lambda size, classes: nn.Sequential(nn.Linear(size, 4), nn.Linear(4, classes)))
     with pytest.raises(UserError, match='--angles and --collapse need a head with a weight of 3 classes x 6 features, '
                                         'and that of FILE is a Sequential without one'):
-        view_of(deep).weight()
+        view_of(deep).weight(script.NEED_WEIGHT)
     assert script.margins(view_of(deep), False)['logit margin']['deviation'] > 0
     broken = Tiny()
     broken.head.weight.data.fill_(math.nan)

@@ -51,6 +51,7 @@ def test_help_training_and_measuring(photographs, tmp_path):
         f'evaluate.py {first}/checkpoint.pth.tar --images 50',
         f'measure_sharpness.py {first}/checkpoint.pth.tar --noise --draws 1 --images 50',
         f'measure_margins.py {first}/checkpoint.pth.tar --all --images 50',
+        f'visualize_features.py {first}/checkpoint.pth.tar --images 50',
         f'visualize_sharpness.py {first}/checkpoint.pth.tar {first}/model_best.pth.tar --images 20 --out {tmp_path}',
         f'compare.py {first} {second}',
         f'imagenet.py -d {photographs} -a mobilenet_v3_small --train-batch 4 --epochs 1 -j 1 -c {tmp_path}/photographs',

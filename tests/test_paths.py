@@ -15,6 +15,7 @@ import evaluate
 import imagenet
 import measure_margins
 import measure_sharpness
+import visualize_features
 import visualize_sharpness
 from helpers import call, toy_runs
 from utils import metrics
@@ -25,7 +26,8 @@ from utils.lab import checkpoints
 runs = toy_runs(plain='-a lenet')
 FLAGS = [(cifar, flag) for flag in ('--data', '-c', '--checkpoint', '--resume', '--init')] + [
     (imagenet, flag) for flag in ('--data', '-c', '--resume', '--init')] + [
-    (script, flag) for script in (evaluate, measure_sharpness, measure_margins, visualize_sharpness)
+    (script, flag) for script in (evaluate, measure_sharpness, measure_margins, visualize_features,
+                                    visualize_sharpness)
     for flag in ('--data', '--out')] + [
     (evaluate, '--evaluate'), (visualize_sharpness, '--slave-evaluate'), (compare, '--plot'), (compare, '')]
 

@@ -37,9 +37,18 @@ def by_rows(function, vectors, targets):
 # Angles
 
 def angles(features, targets, weight):
-    """In degrees, from 0 to 180; a vector of zeros is at 90 degrees to every vector, as in DMA_Linear."""
+    """In degrees: those of `angles_of_images`, and between class means and between class weights."""
     means, _ = class_means(features, targets, len(weight))
-    units, unit_means, present = unit_rows(weight.double()), unit_rows(means), targets.unique()
+    of_images = angles_of_images(features, targets, weight)
+    return {**{name: summary(values) for name, values in of_images.items()},
+            **between('class means', unit_rows(means)[targets.unique()]),
+            **between('class weights', unit_rows(weight.double()))}
+
+
+def angles_of_images(features, targets, weight):
+    """{what it is: (N,)}, from 0 to 180 degrees; a vector of zeros is at 90 to every vector, as in DMA_Linear."""
+    means, _ = class_means(features, targets, len(weight))
+    units, unit_means = unit_rows(weight.double()), unit_rows(means)
 
     def of(x, y):
         x, y = unit_rows(x), y[:, None]
@@ -50,8 +59,7 @@ def angles(features, targets, weight):
         return torch.cat((nearest, to_target, margin, to_mean), dim=1).T
 
     names = 'angle to the nearest class weight', 'angle to the target', 'angular margin', 'angle to the class mean'
-    return {**dict(zip(names, map(summary, by_rows(of, features, targets)))),
-            **between('class means', unit_means[present]), **between('class weights', units)}
+    return dict(zip(names, by_rows(of, features, targets)))
 
 
 def degrees(cosine):
