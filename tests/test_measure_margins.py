@@ -92,8 +92,8 @@ def test_the_product_of_spectral_norms():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
                         nn.BatchNorm1d(16, affine=False), nn.Linear(16, 3))
-    net[1].weight.data, net[1].running_var = torch.tensor([0.5, -3.0, 1.0, 2.0]), torch.tensor([1.0, 4.0, 0.1, 9.0])
-    norms = [np.linalg.svd(net[0].weight.detach().numpy().reshape(4, 27))[1][0], 1 / math.sqrt(0.1 + 1e-5),
+    net[1].weight.data, net[1].running_var = torch.tensor([0.5, -9.0, 1.0, 2.0]), torch.tensor([1.0, 4.0, 0.1, 9.0])
+    norms = [np.linalg.svd(net[0].weight.detach().numpy().reshape(4, 27))[1][0], 9 / math.sqrt(4 + 1e-5),
              1 / math.sqrt(1 + 1e-5), np.linalg.svd(net[5].weight.detach().numpy())[1][0]]
     assert lab.log_spectral_product(net) == pytest.approx(sum(map(math.log, norms)), rel=1e-6)
     net[1].running_var = None
@@ -146,6 +146,8 @@ def test_perturbations_that_are_reported_change_the_prediction(norm):
         assert any(first == pytest.approx(length) for length in changed)
         assert 0 < second <= first and min(changed) <= second * (1 + 1e-9)
     assert (by_pgd < 0.999 * by_deepfool).any()
+    alone = [lab.deepfool(net, image[None], y[None], norm, 1).item() for image, y in zip(images, targets)]
+    assert lab.deepfool(net, images, targets, norm, 1).tolist() == pytest.approx(alone)
 
 
 @pytest.mark.parametrize('norm', ['2', 'inf'])
