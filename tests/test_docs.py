@@ -40,8 +40,8 @@ def test_every_command_of_imagenet_is_understood(command, monkeypatch):
     imagenet.parse_arguments()
 
 
-LAB = re.findall(r'^ +python ((?:evaluate|visualize_features|visualize_sharpness|measure_sharpness)\.py [^\n#]*?)(?:\s{2,}.*)?$',
-                 TEXT.replace('\\\n', ' '), re.MULTILINE)
+LAB = re.findall(r'^ +python ((?:evaluate|visualize_features|visualize_sharpness|measure_sharpness|measure_margins)'
+                 r'\.py [^\n#]*?)(?:\s{2,}.*)?$', TEXT.replace('\\\n', ' '), re.MULTILINE)
 
 
 @pytest.mark.parametrize('command', LAB)
