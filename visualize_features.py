@@ -230,7 +230,7 @@ def distances(view, shown):
 
 
 def draw_histograms(values, *pictures):
-    """Shares of the images in bins that all checkpoints have in common; right of the line at 0 an image is right."""
+    """Shares of the images in bins that all checkpoints have in common; right of the line at 0 the target is ahead."""
     from matplotlib.figure import Figure
 
     quantities = list(next(iter(values.values())))
