@@ -47,7 +47,8 @@ LAB = re.findall(r'^ +python ((?:evaluate|visualize_features|visualize_sharpness
 @pytest.mark.parametrize('command', LAB)
 def test_every_command_that_looks_at_checkpoints_is_understood(command, monkeypatch):
     script, *flags = shlex.split(command)
-    monkeypatch.setattr(checkpoints, 'open_checkpoint', lambda path, args, parser: path)
+    run = types.SimpleNamespace(path='x', args=types.SimpleNamespace(val_split=0.1))
+    monkeypatch.setattr(checkpoints, 'open_checkpoint', lambda path, args, parser: run)
     monkeypatch.setattr(sys, 'argv', [script, *flags])
     importlib.import_module(script.removesuffix('.py')).parse_arguments()
 
