@@ -19,14 +19,14 @@ from utils.run import Run
 ENVIRONMENT = {'commit': 'abc1234', 'torch': '2.15.0', 'device': 'cpu'}
 
 
-def refused(monkeypatch, capsys, tmp_path, flags):
-    """What cifar.py says of these flags, started in `tmp_path`: one sentence, before any data is read."""
+def refused(monkeypatch, capsys, tmp_path, flags, script=cifar):
+    """What a script says of these flags, started in `tmp_path`: one sentence, before any data is read."""
     monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(flags)])
+    monkeypatch.setattr(sys, 'argv', [f'{script.__name__}.py', *shlex.split(flags)])
     with pytest.raises((SystemExit, UserError)) as error:
-        cifar.main()
+        script.main()
     printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
     assert printed.strip().count('\n') == 0 and (error.type is UserError or error.value.code == 2)
     return printed

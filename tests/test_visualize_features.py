@@ -6,13 +6,12 @@ import matplotlib.figure  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from helpers import Fixed, call, contents, toy_runs
+from helpers import Fixed, call, contents, refused, toy_runs
 from PIL import Image
 from torch import nn
 
 import visualize_features as visual
 from models.base import ImageClassifier
-from utils import datasets
 from utils.errors import UserError
 from utils.lab import margins
 from utils.lab.view import View
@@ -188,12 +187,8 @@ def test_only_these_classes(runs, monkeypatch, tmp_path):
     ('{two} -o /dev/null/new', 'results cannot be written to /dev/null/new, as /dev/null is not a folder'),
 ])
 def test_a_mistake_is_one_sentence_before_any_data_is_read(flags, sentence, runs, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(datasets, 'load', lambda *args: pytest.fail('data was loaded'))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((SystemExit, UserError)) as error:
-        call(monkeypatch, visual, flags.format(**{name: file(runs, name) for name in ('two', 'wide')}))
-    printed = capsys.readouterr().err + (str(error.value) if error.type is UserError else '')
-    assert sentence in printed and printed.strip().count('\n') == 0 and contents(tmp_path) == {}
+    flags = flags.format(**{name: file(runs, name) for name in ('two', 'wide')})
+    assert sentence in refused(monkeypatch, capsys, tmp_path, flags, visual) and contents(tmp_path) == {}
 
 
 def test_images_without_the_classes_and_heads_without_weights_are_refused(runs, monkeypatch, tmp_path):
