@@ -99,7 +99,7 @@ def parse_arguments():
     try:
         args.arch_options = arch_options(args)
         with torch.device('meta'):
-            model = models.build(args.arch, 2, methods.build_head(args), args.feature_dim, **args.arch_options)
+            model = models.build(args.arch, 2, methods.build_head(args), **args.arch_options)
     except ValueError as error:
         parser.error(str(error))
     validate(args, state, model.regime, parser)
@@ -126,8 +126,6 @@ def main():
     known = None if args.evaluate else datasets.describe(args.dataset, args.data, args.image_size, args.workers)
     num_classes = known.num_classes if known else len(state['classes'])
     architecture = {'arch': args.arch, **args.arch_options, 'num_classes': num_classes}
-    if args.feature_dim:  # otherwise there is no such entry, as in checkpoints of earlier versions
-        architecture['feature_dim'] = args.feature_dim
     device = devices.set_up(args, compiling=args.compile and not args.evaluate)
     memory.check_network(args, build, architecture, args.image_size, device)
     model = build(args, architecture)
@@ -219,7 +217,7 @@ def test(batches, model, args, meter=None):
 
 def build(args, architecture):
     """The network that `architecture` describes, with the head and the loss terms of the chosen methods."""
-    options = {name: value for name, value in architecture.items() if name in (*models.OPTION_FLAGS, 'feature_dim')}
+    options = {name: value for name, value in architecture.items() if name in models.OPTION_FLAGS}
     model = models.build(args.arch, architecture['num_classes'], methods.build_head(args), **options)
     model.head_dropout = args.dropout
     return methods.attach_loss_terms(args, model)

@@ -36,8 +36,9 @@ MODELS = {
 OPTION_FLAGS = {
     'depth': '--depth', 'block_name': '--block-name', 'cardinality': '--cardinality', 'widen_factor': '--widen-factor',
     'growth_rate': '--growthRate', 'compression_rate': '--compressionRate', 'drop_rate': '--drop',
-    'alpha': '--alpha', 'widths': '--widths',
+    'alpha': '--alpha', 'widths': '--widths', 'feature_dim': '--feature-dim',
 }
+OF_ANY = {'feature_dim'}  # options of every architecture, which `build` itself sees to; not there unless given
 
 
 def resolve_options(arch, options):
@@ -47,7 +48,9 @@ def resolve_options(arch, options):
     """
     known = {name: parameter.default for name, parameter in inspect.signature(MODELS[arch]).parameters.items()
              if name not in ('num_classes', 'classifier')}
-    return with_defaults(arch, options, known, OPTION_FLAGS)
+    of_any = {name: value for name, value in options.items() if name in OF_ANY and value is not None}
+    own = {name: value for name, value in options.items() if name not in OF_ANY}
+    return {**with_defaults(arch, own, known, OPTION_FLAGS), **of_any}
 
 
 def build(arch, num_classes, classifier=nn.Linear, feature_dim=None, **options):
@@ -55,7 +58,8 @@ def build(arch, num_classes, classifier=nn.Linear, feature_dim=None, **options):
 
     feature_dim: a linear layer to so many features comes before the head.
     """
+    options = resolve_options(arch, options)
     if feature_dim is None:
-        return MODELS[arch](num_classes, classifier, **resolve_options(arch, options))
-    model = MODELS[arch](num_classes, lambda *sizes: nn.Identity(), **resolve_options(arch, options))
+        return MODELS[arch](num_classes, classifier, **options)
+    model = MODELS[arch](num_classes, lambda *sizes: nn.Identity(), **options)
     return add_feature_layer(model, feature_dim, classifier)
