@@ -29,7 +29,6 @@ Of what each image has, the mean, the standard deviation, the 5% quantile and th
 measurement is added to FILE-margins.json beside the checkpoint, with all its settings, and is not made again when it is
 there.
 """
-import functools
 import math
 
 import torch
@@ -131,10 +130,7 @@ def parse_arguments():
     args = parser.parse_args()
     chosen = [name for name in MEASURES if args.all or getattr(args, name)]
     args.measures, args.spectral = chosen or ['angles', 'margins'], args.spectral or args.all
-    for name, (_, flags) in MEASURES.items():
-        for flag in flags:
-            if flag in args.given and name not in args.measures:
-                parser.error(f'--{flag.replace("_", "-")} is used by --{name}, which is not asked for')
+    entries.check_arguments(args, parser, MEASURES)
     subjects = [checkpoints.open_checkpoint(path, args, parser) for path in checkpoints.files_of(args, parser)]
     why = why_no_calibration(args, subjects) if 'calibration' in args.measures else None
     if why and args.calibration:
@@ -187,15 +183,11 @@ def column_of(args, view, name, images, path):
     """The numbers of a checkpoint, {what it is: text}."""
     column = {}
     for measure in args.measures:
-        function, flags = MEASURES[measure]
-        own = {flag: getattr(args, flag) for flag in flags}
-        settings = {'checkpoint': checkpoints.description(view.subject), 'images': images,
-                    'precision': args.precision, **own}
+        settings = {'checkpoint': checkpoints.description(view.subject), 'images': images, 'precision': args.precision}
         if measure == 'calibration':
             view.validation = checkpoints.images_of(view.subject, 'val', args)
             settings['validation'] = checkpoints.describe_images(view.validation)
-        entry = entries.measured(measure, settings, functools.partial(function, view, **own), path, cells,
-                                 view.subject.device)
+        entry = entries.measured(measure, MEASURES, args, settings, (view,), path, cells, view.subject.device)
         column |= cells(measure, entry['result'])
         print(f'{name} | {measure} | {entry["seconds"]:.1f} s', flush=True)
     return column

@@ -17,7 +17,6 @@ L is the mean cross-entropy in evaluation, w the weights as one vector of P numb
 A maximum is the best that its search found, so it is a lower bound. Each measurement is added to FILE-sharpness.json
 beside the checkpoint, with all its settings, and is not made again when it is there.
 """
-import functools
 import math
 
 import numpy as np
@@ -219,10 +218,7 @@ def parse_arguments():
     args = parser.parse_args()
     chosen = [name for name in MEASURES if name != 'loss' and (args.all or getattr(args, name))]
     args.measures = ['loss', *(chosen or ['box'])]
-    for name, (_, flags) in MEASURES.items():
-        for flag in flags:
-            if flag in args.given and name not in args.measures:
-                parser.error(f'--{flag.replace("_", "-")} is used by --{name}, which is not asked for')
+    entries.check_arguments(args, parser, MEASURES)
     if args.times > 1 and not args.manifolds:
         parser.error('--times repeats the draw of a random manifold, so it needs --manifolds; in the whole space '
                      'there is '
@@ -246,11 +242,8 @@ def main():
                         'seed': args.seed}
             rows.append([name])
             for measure in args.measures:
-                function, flags = MEASURES[measure]
-                own = {flag: getattr(args, flag) for flag in flags}
-                landscape = checkpoints.landscape(subject, batches)
-                make = functools.partial(function, landscape, args.seed, **own)
-                entry = entries.measured(measure, settings | own, make, path, cells, subject.device)
+                arguments = checkpoints.landscape(subject, batches), args.seed
+                entry = entries.measured(measure, MEASURES, args, settings, arguments, path, cells, subject.device)
                 rows[-1] += cells(measure, entry['result'])
                 print(f'{name} | {measure} {" ".join(cells(measure, entry["result"]))} | {entry["seconds"]:.1f} '
                       's', flush=True)

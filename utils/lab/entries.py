@@ -1,4 +1,7 @@
-"""Measurements in a JSON file beside a checkpoint, each with all its settings, and none made twice."""
+"""Measurements in a JSON file beside a checkpoint, each with all its settings, and none made twice.
+
+A script's `measures` are a dict: the name of each -> its function, and the flags that are its further arguments.
+"""
 import os
 import time
 
@@ -25,14 +28,27 @@ def read(path, cells):
     return entries
 
 
-def measured(measure, settings, make, path, cells, device):
-    """The entry of one measurement in the JSON file at `path`, made by `make()` and added if it is not there."""
-    entries = read(path, cells)
+def check_arguments(args, parser, measures):
+    """Refuse flags of measures that are not in args.measures."""
+    for name, (_, flags) in measures.items():
+        for flag in flags:
+            if flag in args.given and name not in args.measures:
+                parser.error(f'--{flag.replace("_", "-")} is used by --{name}, which is not asked for')
+
+
+def measured(measure, measures, args, settings, arguments, path, cells, device):
+    """The entry of one measurement in the JSON file at `path`, made and added if it is not there.
+
+    arguments: what the function of the measure takes before its flags. settings: what else decides the result.
+    """
+    function, flags = measures[measure]
+    own = {flag: getattr(args, flag) for flag in flags}
+    settings, entries = settings | own, read(path, cells)
     for entry in entries:
         if entry['measure'] == measure and entry['settings'] == settings:
             return entry
     began = time.perf_counter()
-    result = make()
+    result = function(*arguments, **own)
     entry = {'measure': measure, 'settings': settings, 'result': result, 'seconds': time.perf_counter() - began,
              'environment': environment(device)}
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)

@@ -53,8 +53,7 @@ def angles_of_images(features, targets, weight):
     def of(x, y):
         x, y = unit_rows(x), y[:, None]
         angle = degrees(x @ units.T)
-        to_target = angle.gather(1, y)
-        margin = angle.scatter(1, y, math.inf).amin(dim=1, keepdim=True) - to_target
+        to_target, margin = angle.gather(1, y), ahead(-angle, y[:, 0])[:, None]
         nearest, to_mean = angle.amin(dim=1, keepdim=True), degrees((x * unit_means[y[:, 0]]).sum(1, keepdim=True))
         return torch.cat((nearest, to_target, margin, to_mean), dim=1).T
 
