@@ -58,7 +58,8 @@ def make_parser():
                        help='densenet (2)')
     group.add_argument('--alpha', type=bounded(int, 1), metavar='N',
                        help='pyramidnet: channels that are added on the way (270)')
-    group.add_argument('--widths', metavar='A-B-C', help='airbench: channels of its three groups (64-256-256)')
+    group.add_argument('--widths', metavar='A-B-C', help='channels of the stages: airbench '
+                       '(64-256-256), vgg (64-128-256-512-512)')
     group.add_argument('--drop', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
     group.add_argument('--feature-dim', type=bounded(int, 2, 100000), metavar='N',

@@ -1,5 +1,6 @@
 """What architectures share: a swappable classifier head, stages, options with defaults, initialisation, depths."""
 import inspect
+import re
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -122,6 +123,16 @@ def with_defaults(arch, options, known, flags):
             takes = ', '.join(flags[option] for option in known) or 'no such option'
             raise ValueError(f'{flags[name]} is not used by --arch {arch}, which takes {takes}')
     return {**known, **given}
+
+
+def read_widths(text, example):
+    """The numbers of `--widths`, such as 64-128-128: as many as `example` has, each of 1 to 10000; else ValueError."""
+    count = example.count('-') + 1
+    fits = re.fullmatch('-'.join(['[0-9]{1,5}'] * count), text)
+    widths = [int(word) for word in text.split('-')] if fits else []
+    if not fits or not all(1 <= width <= 10000 for width in widths):
+        raise ValueError(f'--widths must be {count} whole numbers of 1 to 10000, such as {example}, was given {text}')
+    return widths
 
 
 def count_parameters(model):

@@ -106,8 +106,19 @@ def test_convolutions_begin_as_the_identity_where_channels_allow_it(widths):
 
 @pytest.mark.parametrize('widths', ['64', '64-128', '64-128-128-128', '0-8-8', '8-8-10001', '8--8', 'a-b-c', '8-8-8 '])
 def test_widths_that_are_invalid_are_refused(widths):
-    with pytest.raises(ValueError, match='--widths must be three whole numbers of 1 to 10000, such as 64-256-256'):
+    with pytest.raises(ValueError, match='--widths must be 3 whole numbers of 1 to 10000, such as 64-256-256, was given'):
         models.build('airbench', 10, widths=widths)
+    with pytest.raises(ValueError, match='--widths must be 5 whole numbers of 1 to 10000, such as 64-128-256-512-512'):
+        models.build('vgg11_bn', 10, widths=widths)
+
+
+def test_widths_of_vgg_are_the_channels_of_its_stages():
+    model = models.build('vgg13', 10, widths='4-6-8-10-12')
+    channels = [module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert channels == [4, 4, 6, 6, 8, 8, 10, 10, 12, 12] and model.in_features == 12
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    whole = models.build('vgg13', 10, widths='64-128-256-512-512'), models.build('vgg13', 10)
+    assert len({tuple(p.shape for p in one.parameters()) for one in whole}) == 1
 
 
 # The whitening

@@ -8,13 +8,11 @@ The paper stops training the whitening layer's bias after three epochs; here it 
 Widths of the paper's networks: 64-256-256 (94%), 128-384-384 (95%), 128-512-512 (96%, with more layers there).
 64-128-128 is a smaller one for a CPU.
 """
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.base import ImageClassifier, global_max_pool
+from models.base import ImageClassifier, global_max_pool, read_widths
 
 SCALE = 1 / 9
 PATCH = 2  # pixels a side
@@ -93,7 +91,4 @@ class Airbench(ImageClassifier):
 
 def airbench(num_classes=10, classifier=nn.Linear, widths='64-256-256'):
     """widths: channels of the three groups; ValueError unless it is three numbers of 1 to 10000."""
-    numbers = [int(word) for word in widths.split('-')] if re.fullmatch(r'[0-9]{1,5}(-[0-9]{1,5}){2}', widths) else []
-    if not numbers or not all(1 <= width <= 10000 for width in numbers):
-        raise ValueError(f'--widths must be three whole numbers of 1 to 10000, such as 64-256-256, was given {widths}')
-    return Airbench(numbers, num_classes, classifier)
+    return Airbench(read_widths(widths, example='64-256-256'), num_classes, classifier)
