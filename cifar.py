@@ -58,8 +58,8 @@ def make_parser():
                        help='densenet (2)')
     group.add_argument('--alpha', type=bounded(int, 1), metavar='N',
                        help='pyramidnet: channels that are added on the way (270)')
-    group.add_argument('--widths', metavar='A-B-C', help='channels of the stages: airbench '
-                       '(64-256-256), vgg (64-128-256-512-512)')
+    group.add_argument('--widths', metavar='A-B-C', help='channels of the stages: airbench (64-256-256), '
+                       'vgg (64-128-256-512-512)')
     group.add_argument('--drop', type=bounded(float, 0, 1), dest='drop_rate', metavar='P',
                        help='dropout in wrn, densenet (0)')
     group.add_argument('--feature-dim', type=bounded(int, 2, 100000), metavar='N',
@@ -131,7 +131,8 @@ def main():
     memory.check_network(args, build, architecture, args.image_size, device)
     model = build(args, architecture)
     if state:
-        checkpoint.load_model(model, state, architecture, args.resume, to_test=args.evaluate)
+        checkpoint.load_model(model, state, architecture, args.resume, to_test=args.evaluate,
+                              defaults=models.resolve_options(args.arch, {}))
     elif args.init:
         checkpoint.initialise(model, args.init)
     if known:

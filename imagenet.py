@@ -120,7 +120,8 @@ def main():
     memory.check_network(args, build, architecture, preset(args)['size'], device)
     model = build(args, architecture, pretrained=args.pretrained and not state)
     if state:
-        checkpoint.load_model(model, state, architecture, args.resume, to_test=args.evaluate)
+        checkpoint.load_model(model, state, architecture, args.resume, to_test=args.evaluate,
+                              defaults=models.resolve_options(args.arch, {}))
     elif args.init:
         checkpoint.initialise(model, args.init)
     training_images = 0 if args.evaluate else len(images['train'].paths)

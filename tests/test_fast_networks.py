@@ -7,8 +7,9 @@ import cifar
 from helpers import broken_off, call, few_digits, refused
 from models import cifar as models
 from models.cifar.airbench import EPSILON, SCALE, Airbench, BiasNorm, WhiteningConv
-from utils import datasets, folders, methods, schedule
+from utils import checkpoint, datasets, folders, methods, schedule
 from utils.batches import Batches, Split, spread
+from utils.errors import UserError
 from utils.own_dataset import LazySplit
 
 SHORT = '-d digits -a airbench --widths 8-8-8 --epochs 2 --train-batch 16 --lr 0.05 --manualSeed 3'
@@ -119,6 +120,19 @@ def test_widths_of_vgg_are_the_channels_of_its_stages():
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     whole = models.build('vgg13', 10, widths='64-128-256-512-512'), models.build('vgg13', 10)
     assert len({tuple(p.shape for p in one.parameters()) for one in whole}) == 1
+
+
+def test_a_checkpoint_of_before_an_option_was_there_has_its_default(few, monkeypatch, tmp_path):
+    flags = '-d digits -a airbench --widths 64-256-256 --epochs 2 --train-batch 48 --lr 0.01 --manualSeed 3'
+    broken_off(monkeypatch, f'{flags} -c {tmp_path}', epoch=1)
+    state = read(tmp_path)
+    del state['network']['widths'], state['args']['widths']
+    checkpoint.save(tmp_path / 'checkpoint.pth.tar', state)
+    resumed = f'--resume {tmp_path}/checkpoint.pth.tar'
+    with pytest.raises(UserError, match='holds widths 64-256-256, but widths 8-8-8 was asked for'):
+        call(monkeypatch, cifar, f'{resumed} --widths 8-8-8')
+    call(monkeypatch, cifar, resumed)
+    assert read(tmp_path)['epoch'] == 2
 
 
 # The whitening

@@ -110,9 +110,12 @@ def weights_to_test(state):
     return {name.removeprefix('module.'): tensor for name, tensor in state['ema'].items() if name != 'n_averaged'}
 
 
-def load_model(model, state, asked, path, to_test=False):
-    """Load the weights, or the weights to test, into `model`; UserError if they are of another network than `asked`."""
-    held = state['network']
+def load_model(model, state, asked, path, to_test=False, defaults=None):
+    """Load the weights, or the weights to test, into `model`; UserError if they are of another network than `asked`.
+
+    defaults: those of the architecture's options, for an option that a checkpoint of before it was there does not have.
+    """
+    held = {**(defaults or {}), **state['network']}
     if held != asked:
         differing = sorted(name for name in held.keys() | asked.keys() if held.get(name) != asked.get(name))
         raise UserError(f'{path} holds {_phrase(held, differing)}, but {_phrase(asked, differing)} was asked for')
