@@ -2,6 +2,7 @@
 
     python compare.py checkpoints/*
     python compare.py checkpoints --metric top1 loss ece --markdown     # every run below checkpoints/
+    python compare.py checkpoints --measured "angular margin"       # once measure_margins.py has measured each run
     python compare.py checkpoints --baseline '--method amp' --plot curves.png
 """
 import collections
@@ -16,6 +17,7 @@ from utils.errors import UserError
 from utils.files import drawn, save_figure
 from utils.flags import Parser, file_path
 from utils.lab import statistics
+from utils.lab.measured import STATISTICS, add_measured, of_measured
 from utils.lab.runs import ENVIRONMENT, METRICS, Flags, find_runs, read_runs, script_of
 from utils.metrics import plus_minus, spread
 from utils.script import run_script
@@ -33,8 +35,13 @@ def parse_arguments():
                                 'imagenet.py write.')
     parser.add_argument('folders', nargs='*', type=file_path, metavar='DIR',
                         help='runs, or folders with runs somewhere below them')
-    parser.add_argument('--metric', nargs='+', choices=METRICS, default=['top1'], metavar='NAME',
-                        help=f'one or several of {", ".join(METRICS)} (top1)')
+    parser.add_argument('--metric', nargs='+', choices=METRICS, metavar='NAME',
+                        help=f'one or several of {", ".join(METRICS)} (top1; none with --measured)')
+    parser.add_argument('--measured', nargs='+', default=[], metavar='NAME',
+                        help='numbers that measure_margins.py or measure_sharpness.py has left in the folders of the '
+                             'runs, such as "angular margin" or "ball"')
+    parser.add_argument('--statistic', choices=STATISTICS, default='mean',
+                        help='over the images, of what --measured has for each image (mean)')
     parser.add_argument('--error', action='store_true', help='100 minus each accuracy')
     parser.add_argument('--baseline', metavar='FLAGS',
                         help='compare with this row, such as "(none)" (each row with its own flags without a method)')
@@ -48,13 +55,16 @@ def parse_arguments():
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
-    if args.error and not any(METRICS[name].accuracy for name in args.metric):
-        parser.error(f'--error turns accuracies around, and --metric {" ".join(args.metric)} names none')
+    if 'statistic' in args.given and not args.measured:
+        parser.error('--statistic is of --measured, which is not given')
+    names = dict.fromkeys([*(args.metric or ['top1'] * (not args.measured)), *args.measured])
+    args.metrics = {name: METRICS[name] if name in METRICS else of_measured(name, args.statistic) for name in names}
+    if args.error and not any(metric.accuracy for metric in args.metrics.values()):
+        parser.error(f'--error turns accuracies around, and --metric {" ".join(names)} names none')
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
         parser.error(f'--plot must end in .png or .pdf, was given {args.plot}')
     if args.plot and not os.path.isdir(os.path.dirname(args.plot) or '.'):
         parser.error(f'--plot {args.plot} is in a folder that is not there; make it first')
-    args.metric = list(dict.fromkeys(args.metric))
     return args
 
 
@@ -63,7 +73,9 @@ def main():
     folders, without = find_runs(args.folders)
     flags = Flags(next(filter(None, map(script_of, folders)), 'cifar.py'))
     runs, others = read_runs(folders, flags)
-    runs, lacking = with_metrics(runs, args.metric)
+    if args.measured:
+        add_measured(runs, args.measured, args.statistic)
+    runs, lacking = with_metrics(runs, args.metrics)
     others += lacking + without
     notes, between = sys.stderr if args.csv else sys.stdout, '\n\n' if args.markdown else '\n'
     if not runs:
@@ -91,10 +103,16 @@ def main():
 
 def with_metrics(runs, metrics):
     """(the runs that have all of these metrics, a line about each other one, of an earlier version)."""
-    lacking = {one.folder: [METRICS[name].column for name in metrics if one.values[name] is None] for one in runs}
+    lacking = {one.folder: [name for name in metrics if one.values[name] is None] for one in runs}
+
+    def reason(names):
+        columns = ' and no '.join(metrics[name].column for name in names)
+        if any(name in METRICS for name in names):
+            return f'its result.json has no {columns}; resume it with no flags to have it written again'
+        return f'no {columns} was measured of its result'
+
     return ([one for one in runs if not lacking[one.folder]],
-            [f'left out: {folder} (its result.json has no {" and no ".join(names)}; resume it with no flags to have it '
-             'written again)' for folder, names in lacking.items() if names])
+            [f'left out: {folder} ({reason(names)})' for folder, names in lacking.items() if names])
 
 
 def in_order(runs, flags):
@@ -164,12 +182,12 @@ def summarise(settings, names, baselines, args):
                                                                 & {one.seed for one in baseline}),
                      'parameters (M)': averages.fmean(one.parameters for one in runs) / 1e6,
                      'seconds per epoch': averages.fmean(one.seconds for one in runs)})
-        for metric in args.metric:
+        for metric in args.metrics:
             values, base = values_of(runs, metric, args), values_of(baseline or [], metric, args)
             value = Spread(*spread(list(values.values())))
             differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
             label = prefix(metric, args)
-            rows[-1] |= {METRICS[metric].column: value, 'last epoch': None if by_validation else value,
+            rows[-1] |= {args.metrics[metric].column: value, 'last epoch': None if by_validation else value,
                          'chosen by validation': value if by_validation else None,
                          **{label + column: None for column in COMPARED}}
             if baseline:
@@ -177,8 +195,9 @@ def summarise(settings, names, baselines, args):
                              or averages.fmean(values.values()) - averages.fmean(base.values()),
                              f'{label}paired difference': statistics.paired(differences),
                              f'{label}p': statistics.sign_flip(differences)}
-    for metric in args.metric:
-        judge(rows, baselines, prefix(metric, args), METRICS[metric].accuracy and not args.error)
+    for name, metric in args.metrics.items():
+        words = metric.higher, metric.lower
+        judge(rows, baselines, prefix(name, args), words[::-1] if args.error and metric.accuracy else words)
     return rows
 
 
@@ -186,13 +205,13 @@ TOO_FEW = 'too few seeds'
 COMPARED = ('difference', 'paired difference', 'p', 'p (Holm)', 'verdict')  # with the baseline, for each metric
 
 
-def judge(rows, baselines, label, higher_is_better):
-    """Correct the p-values of all rows, and give each row that is compared its verdict."""
+def judge(rows, baselines, label, words):
+    """Correct the p-values of all rows, and give each row that is compared its verdict. words: above 0, and below."""
     corrected = statistics.holm([row[f'{label}p'] for row in rows])
     for row, baseline, p in zip(rows, baselines, corrected):
         if baseline:
             row[f'{label}p (Holm)'] = TOO_FEW if p is None else p
-            row[f'{label}verdict'] = statistics.verdict(row[f'{label}paired difference'], p, higher_is_better)
+            row[f'{label}verdict'] = statistics.verdict(row[f'{label}paired difference'], p, *words)
 
 
 def values_of(runs, metric, args):
@@ -202,24 +221,24 @@ def values_of(runs, metric, args):
 
 def turned(metric, value, args):
     """An accuracy, or with --error what it lacks to 100."""
-    return 100 - value if args.error and METRICS[metric].accuracy else value
+    return 100 - value if args.error and args.metrics[metric].accuracy else value
 
 
 def prefix(metric, args):
     """What stands before the names of a metric's columns, where there are several metrics."""
-    return f'{METRICS[metric].column} ' if len(args.metric) > 1 else ''
+    return f'{args.metrics[metric].column} ' if len(args.metrics) > 1 else ''
 
 
 def columns_of(args):
     """Each column that a table can have -> the format of its numbers."""
     columns = {'setting': '', 'n': 'd'}
-    for metric in args.metric:
-        form, label = f'.{METRICS[metric].digits}f', prefix(metric, args)
-        if args.metric == ['top1']:
+    for metric in args.metrics:
+        form, label = args.metrics[metric].form, prefix(metric, args)
+        if list(args.metrics) == ['top1']:
             columns |= dict.fromkeys(['last epoch', 'chosen by validation', 'best, chosen by test set'], form)
             columns['at epoch'] = '.1f'
         else:
-            columns[METRICS[metric].column] = form
+            columns[args.metrics[metric].column] = form
         columns |= {f'{label}difference': f'+{form}', f'{label}paired difference': f'+{form}',
                     f'{label}p': '.2g' if args.csv else None, f'{label}p (Holm)': '.2g', f'{label}verdict': ''}
     columns |= {'pairs': 'd', 'parameters (M)': '.2f', 'seconds per epoch': '.1f'}
@@ -250,8 +269,8 @@ def as_text(value, form):
 
 def explained(args, runs, rows):
     """What the columns are, in sentences."""
-    metrics = '; '.join(METRICS[name].meaning.replace('accuracy', 'error' if args.error else 'accuracy')
-                        for name in args.metric)
+    metrics = '; '.join(metric.meaning.replace('accuracy', 'error') if args.error and metric.accuracy else
+                        metric.meaning for metric in args.metrics.values())
     epochs = {'of the epoch chosen by validation' if one.chosen else 'of the last epoch' for one in runs}
     yield (f'{metrics[0].upper()}{metrics[1:]}; {" or ".join(sorted(epochs, reverse=True))}: mean +- standard '
            'deviation over n seeds.')
@@ -261,7 +280,7 @@ def explained(args, runs, rows):
     other = f'`{args.baseline}`' if args.baseline is not None else 'the same flags without a method'
     yield (f'Difference: to {other}, with Welch\'s 95% interval; paired difference: the mean over the seeds that both '
            'have, with a 95% BCa bootstrap interval; p: two-sided, among all changes of the signs of these '
-           'differences, corrected for the rows of the table (Holm). Better or worse: the second interval excludes 0 '
+           f'differences, corrected for the rows of the table (Holm); verdict: where the second interval excludes 0 '
            'and p is at most 0.05.')
     if (needed := statistics.fewest_pairs(len(compared))) > max(compared):
         yield (f'With {max(compared)} seeds that both have, nothing can be shown for {len(compared)} '
@@ -313,9 +332,9 @@ def plot_differences(args, rows):
     from matplotlib.figure import Figure
 
     compared = [row for row in rows if row['pairs'] is not None]
-    figure = Figure(figsize=(4 + 4 * len(args.metric), 1.5 + 0.5 * len(compared)), layout='constrained')
-    panels = figure.subplots(1, len(args.metric), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, args.metric):
+    figure = Figure(figsize=(4 + 4 * len(args.metrics), 1.5 + 0.5 * len(compared)), layout='constrained')
+    panels = figure.subplots(1, len(args.metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, args.metrics):
         label = prefix(metric, args)
         for height, row in enumerate(reversed(compared)):
             if interval := row[f'{label}paired difference']:
@@ -326,7 +345,7 @@ def plot_differences(args, rows):
         axes.axvline(0, color='grey', linewidth=1)
         names = [drawn(row['setting'][:50]) for row in reversed(compared)]
         axes.set_yticks(range(len(compared)), names, fontsize='small')
-        axes.set_xlabel(f'difference in {METRICS[metric].column}')
+        axes.set_xlabel(f'difference in {args.metrics[metric].column}')
         axes.grid(axis='x', alpha=0.3)
     save_figure(figure, args.plot)
 

@@ -71,6 +71,20 @@ def kept(tmp_path, monkeypatch):
     return tmp_path / 'results'
 
 
+def test_what_was_measured_of_a_run_is_kept_too(kept, tmp_path, monkeypatch, capsys):
+    entry = {'measure': 'margins', 'settings': {'checkpoint': {'epoch': 3}}, 'result': {'logit margin': {'mean': 1.5}}}
+    files = {'checkpoint-margins.json': [entry], 'model_best-sharpness.json': []}
+    write_run(tmp_path / 'checkpoints/seed1', args=CLEAN, files=files)
+    call(monkeypatch, keep, 'checkpoints')
+    found = contents(kept / 'seed1')
+    assert found.keys() == {'args.json', 'log.txt', 'result.json', *files}
+    assert json.loads(found['checkpoint-margins.json']) == [entry]
+    write_run(tmp_path / 'checkpoints/seed2', args=CLEAN, files={'checkpoint-margins.json': '[{"settings":'})
+    with pytest.raises(UserError, match='1 of 2 runs cannot be kept'):
+        call(monkeypatch, keep, 'checkpoints')
+    assert 'seed2/checkpoint-margins.json is not what measure_margins.py' in capsys.readouterr().err
+
+
 def test_three_files_of_a_finished_run_are_kept_at_its_place(kept, tmp_path, monkeypatch, capsys):
     write_run(tmp_path / 'checkpoints/few/none/seed1', args=CLEAN, files={'checkpoint.pth.tar': 'x', 'log.png': 'x'})
     write_run(tmp_path / 'elsewhere/run', args=CLEAN)

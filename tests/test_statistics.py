@@ -9,6 +9,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import t as student
 
 from utils.lab import statistics
+from utils.lab.runs import UP
 from utils.lab.statistics import Interval, fewest_pairs, holm, paired, sign_flip, verdict, welch
 
 A, B = [81.2, 80.4, 82.9, 81.7, 80.9, 83.0], [80.1, 80.0, 81.5]
@@ -108,15 +109,15 @@ def test_holm_step_by_step():
     (Interval(1, 0.1, 2), 0.051, 'not shown'), (Interval(1, -0.1, 2), 0.01, 'not shown'),
     (Interval(1, 0.0, 2), 0.01, 'not shown'), (Interval(1, 0.5, 2), None, 'not shown'), (None, 0.01, 'not shown')])
 def test_a_verdict_needs_both(interval, p, expected):
-    assert verdict(interval, p, higher_is_better=True) == expected
+    assert verdict(interval, p, *UP) == expected
     mirrored = {'better': 'worse', 'worse': 'better'}.get(expected, expected)
-    assert verdict(interval, p, higher_is_better=False) == mirrored
+    assert verdict(interval, p, *UP[::-1]) == mirrored
 
 
 def test_fewer_than_six_pairs_show_nothing_whatever_they_are():
     for pairs in range(6):
         differences = [100.0 + each for each in range(pairs)]
-        assert verdict(paired(differences), sign_flip(differences), True) == 'not shown'
+        assert verdict(paired(differences), sign_flip(differences), *UP) == 'not shown'
 
 
 @pytest.mark.parametrize('methods, pairs', [(1, 6), (2, 7), (5, 8), (6, 8), (7, 9)])
@@ -134,7 +135,7 @@ def test_without_an_effect_tables_seldom_claim_anything():
             plain = generator.normal(size=10)
             differences = [list(generator.normal(size=10) - plain) for _ in range(5)]
             corrected = holm([sign_flip(each) for each in differences])
-            claims += any(p <= 0.05 and verdict(paired(each), p, True) != 'not shown'
+            claims += any(p <= 0.05 and verdict(paired(each), p, *UP) != 'not shown'
                           for each, p in zip(differences, corrected))
     assert claims <= 12
 
@@ -143,4 +144,4 @@ def test_with_a_large_effect_tables_claim_it():
     generator = np.random.default_rng(4)
     for _ in range(5):
         differences = list(generator.normal(3, 1, 10))
-        assert verdict(paired(differences), holm([sign_flip(differences), 1, 1, 1, 1])[0], True) == 'better'
+        assert verdict(paired(differences), holm([sign_flip(differences), 1, 1, 1, 1])[0], *UP) == 'better'

@@ -6,12 +6,13 @@ import sys
 
 from utils.errors import UserError, shown
 from utils.flags import Parser, file_path
-from utils.lab import runs as lab_runs
+from utils.lab import measured, runs as lab_runs
 from utils.output import RESULT
 from utils.script import run_script
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FILES = ('args.json', 'log.txt', RESULT)
+MEASURED = (*measured.files_of(chosen=False), *measured.files_of(chosen=True))  # kept where they are
 
 
 def main():
@@ -26,8 +27,9 @@ def main():
             continue
         target = place_of(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(os.path.join(folder, name), target / name)
+        for name in (*FILES, *MEASURED):
+            if name in FILES or os.path.exists(os.path.join(folder, name)):
+                shutil.copyfile(os.path.join(folder, name), target / name)
         kept += 1
     print(f'{kept} runs are in results/')
     if refused:
@@ -38,9 +40,13 @@ def main():
 def why_not(folder):
     """Why a run cannot be kept, in words, or None."""
     script = lab_runs.script_of(folder)
-    _, others = lab_runs.read_runs([folder], lab_runs.Flags(script or 'cifar.py'))
+    runs, others = lab_runs.read_runs([folder], lab_runs.Flags(script or 'cifar.py'))
     if others:
         return others[0]
+    try:
+        measured.numbers_of(runs[0], 'mean')
+    except UserError as error:
+        return str(error)
     commit = lab_runs.read_dict(folder, 'args.json').get('environment', {}).get('commit')
     if not commit or commit.endswith('with changes'):
         return f'its code is that of commit {commit or "unknown"}; commit the changes, and run it again'

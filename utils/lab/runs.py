@@ -21,16 +21,19 @@ SECONDS = ('seconds', 'seconds per epoch')  # in result.json, checked by their s
 class Metric(NamedTuple):
     column: str
     meaning: str
-    accuracy: bool  # in percent, so that there is an error too; otherwise lower is better
-    digits: int = 2  # behind the decimal point
+    higher: str  # what a higher number is
+    lower: str
+    accuracy: bool = False  # in percent, so that there is an error too
+    form: str = '.2f'
 
 
+UP, DOWN = ('better', 'worse'), ('worse', 'better')
 METRICS = {
-    'top1': Metric('top-1', 'top-1 test accuracy in percent', True),
-    'loss': Metric('loss', 'loss: mean cross-entropy (NLL) on the test images', False, 4),
-    'ece': Metric('ECE', 'ECE: expected calibration error on the test images in percent', False),
-    'balanced': Metric('balanced', 'balanced: mean accuracy of the classes in percent', True),
-    'worst': Metric('worst class', 'worst class: the accuracy of the worst class in percent', True),
+    'top1': Metric('top-1', 'top-1 test accuracy in percent', *UP, accuracy=True),
+    'loss': Metric('loss', 'loss: mean cross-entropy (NLL) on the test images', *DOWN, form='.4f'),
+    'ece': Metric('ECE', 'ECE: expected calibration error on the test images in percent', *DOWN),
+    'balanced': Metric('balanced', 'balanced: mean accuracy of the classes in percent', *UP, accuracy=True),
+    'worst': Metric('worst class', 'worst class: the accuracy of the worst class in percent', *UP, accuracy=True),
 }
 
 

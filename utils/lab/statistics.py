@@ -79,11 +79,13 @@ def holm(ps):
     return corrected
 
 
-def verdict(interval, p, higher_is_better):
-    """'better' or 'worse' if the paired interval excludes 0 and the corrected p is at most 0.05; else 'not shown'."""
+def verdict(interval, p, above, below):
+    """The word `above` or `below` if the paired interval is above or below 0 and the corrected p is at most 0.05; else
+    'not shown'.
+    """
     if interval is None or p is None or p > LEVEL or interval.low <= 0 <= interval.high:
         return 'not shown'
-    return 'better' if (interval.low > 0) == higher_is_better else 'worse'
+    return above if interval.low > 0 else below
 
 
 def fewest_pairs(methods):

@@ -1,0 +1,100 @@
+"""What measure_margins.py and measure_sharpness.py have left beside the checkpoints of runs, as numbers to compare."""
+import json
+import os
+
+from utils.errors import UserError
+from utils.files import read_json
+from utils.lab.runs import Metric
+from utils.output import BEST, LAST
+
+STATISTICS = ('mean', 'deviation', '5%', 'median')
+# measure_sharpness.py: what its table shows -> where it is in the result of a measure. A place that is not there is of
+# another way to measure, such as in random manifolds.
+SHARPNESS = {'loss': {'train loss': ('Loss',)}, 'box': {'box': ('sharpness',), 'box corners': ('corners', 'sharpness')},
+             'ball': {'ball': ('rise',)}, 'noise': {'noise': ('rise',)}, 'trace': {'trace': ('trace',)},
+             'eigenvalues': {'largest eigenvalue': ('largest', 0)}}
+
+
+def files_of(chosen):
+    """The names of the files about a run's result. chosen: the run's result is that of the epoch that validation chose.
+    """
+    stem = (BEST if chosen else LAST).removesuffix('.pth.tar')
+    return [f'{stem}-margins.json', f'{stem}-sharpness.json']
+
+
+def of_measured(name, statistic):
+    return Metric(name, f'{name} ({statistic} over the images, where each image has one), as measured', 'higher',
+                  'lower', form='.4g')
+
+
+def add_measured(runs, names, statistic):
+    """Put into the `values` of each run the numbers of these names, None where a run has none.
+
+    UserError for a name that no run has, or where two runs were measured in different ways: with other images, layers,
+    precision or settings.
+    """
+    found = [numbers_of(one, statistic) for one in runs]
+    known = list(dict.fromkeys(name for held in found for name, _ in held))
+    for name in names:
+        if name not in known:
+            what = f'measured are {"; ".join(known)}' if known else 'nothing was measured of their results'
+            raise UserError(f'--measured {name} is in none of these runs; {what}')
+        ways = [[way for held_name, way in held if held_name == name] for held in found]
+        shared = set.intersection(*(set(own) for own in ways if own))
+        if len(shared) != 1:
+            first, second = (list(dict.fromkeys(way for own in ways for way in own))[:2])
+            raise UserError(f'{name} was measured in several ways, and one is to be compared: {_differing(first, second)}'
+                            '; measure all runs in one command, and move away the files of other measurements')
+        way, = shared
+        for one, held in zip(runs, found):
+            one.values[name] = held.get((name, way))
+
+
+def numbers_of(one, statistic):
+    """(name, how it was measured, as text) -> number, of all measurements of a run's result."""
+    found, epoch = {}, one.best_epoch if one.chosen else max(one.curve)
+    for file in files_of(one.chosen):
+        path = os.path.join(one.folder, file)
+        if not os.path.exists(path):
+            continue
+        try:
+            for entry in read_json(path):
+                settings = dict(entry['settings'])
+                checkpoint = settings.pop('checkpoint')
+                settings.pop('validation', None)  # images that a run's seed draws
+                if checkpoint['epoch'] != epoch:
+                    raise UserError(f'{path} is of epoch {checkpoint["epoch"]}, and the result of its run of epoch '
+                                    f'{epoch}; measure it again')
+                way = json.dumps(settings, sort_keys=True)
+                for name, value in _named(entry, statistic):
+                    found[name, way] = value
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f'{path} is not what measure_margins.py or measure_sharpness.py writes ({error})') from error
+    return found
+
+
+def _named(entry, statistic):
+    """(name, number) pairs of an entry of either script, those that are defined."""
+    result, places = entry['result'], SHARPNESS.get(entry['measure'])
+    if places is None:
+        values = {name: held[statistic] if isinstance(held, dict) else held for name, held in result.items()}
+    else:
+        values = {name: _at(result, place) for name, place in places.items()}
+    for name, value in values.items():
+        if value is not None:
+            yield name, float(value)
+
+
+def _at(held, place):
+    for step in place:
+        if isinstance(held, dict) and step not in held:
+            return None
+        held = held[step]
+    return held
+
+
+def _differing(first, second):
+    """How two settings differ, in words."""
+    first, second = json.loads(first), json.loads(second)
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return ', '.join(f'{name} {first.get(name)} and {second.get(name)}' for name in names)
