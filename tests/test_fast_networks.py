@@ -107,7 +107,7 @@ def test_convolutions_begin_as_the_identity_where_channels_allow_it(widths):
 
 @pytest.mark.parametrize('widths', ['64', '64-128', '64-128-128-128', '0-8-8', '8-8-10001', '8--8', 'a-b-c', '8-8-8 '])
 def test_widths_that_are_invalid_are_refused(widths):
-    with pytest.raises(ValueError, match='--widths must be 3 whole numbers of 1 to 10000, such as 64-256-256, was given'):
+    with pytest.raises(ValueError, match='--widths must be 3 whole numbers of 1 to 10000, such as 64-256-256, was'):
         models.build('airbench', 10, widths=widths)
     with pytest.raises(ValueError, match='--widths must be 5 whole numbers of 1 to 10000, such as 64-128-256-512-512'):
         models.build('vgg11_bn', 10, widths=widths)

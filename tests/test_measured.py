@@ -87,7 +87,7 @@ def test_of_a_run_with_validation_images_the_best_epoch_counts(tmp_path, monkeyp
 @pytest.mark.parametrize('entries, sentence', [
     ([margins(1.0, images={**IMAGES, 'number': 50})], 'was measured in several ways'),
     ([margins(1.0, precision='bf16')], 'was measured in several ways, and one is to be compared: precision None and '
-                                       'bf16; measure all runs in one command'),
+                                       'bf16; measure all in one command'),
     ([margins(1.0, epoch=2)], 'is of epoch 2, and the result of its run of epoch 3; measure it again'),
     ([{'measure': 'angles'}], 'is not what measure_margins.py or measure_sharpness.py writes'),
     ({'measure': 'angles'}, 'is not what measure_margins.py or measure_sharpness.py writes'),

@@ -1,7 +1,8 @@
 """VGG for 32x32 images: Simonyan and Zisserman, ICLR 2015 (arXiv 1409.1556), configurations A, B, D and E.
 
-The convolutions are the paper's; one linear layer on 512 features replaces its three. `--widths` makes it narrower. Initialised as in He et al.
-(2015), so that all 19 layers train from scratch; the paper copied them from shallower networks.
+The convolutions are the paper's, and `--widths` makes them narrower; one linear layer on 512 features replaces its
+three. Initialised as in He et al. (2015), so that all 19 layers train from scratch; the paper copied them from
+shallower networks.
 """
 import torch.nn as nn
 

@@ -42,9 +42,9 @@ def add_measured(runs, names, statistic):
         ways = [[way for held_name, way in held if held_name == name] for held in found]
         shared = set.intersection(*(set(own) for own in ways if own))
         if len(shared) != 1:
-            first, second = (list(dict.fromkeys(way for own in ways for way in own))[:2])
-            raise UserError(f'{name} was measured in several ways, and one is to be compared: {_differing(first, second)}'
-                            '; measure all runs in one command, and move away the files of other measurements')
+            first, second = list(dict.fromkeys(way for own in ways for way in own))[:2]
+            raise UserError(f'{name} was measured in several ways, and one is to be compared: '
+                            f'{_differing(first, second)}; measure all in one command, and move away the files of other measurements')
         way, = shared
         for one, held in zip(runs, found):
             one.values[name] = held.get((name, way))
@@ -69,7 +69,8 @@ def numbers_of(one, statistic):
                 for name, value in _named(entry, statistic):
                     found[name, way] = value
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f'{path} is not what measure_margins.py or measure_sharpness.py writes ({error})') from error
+            raise UserError(f'{path} is not what measure_margins.py or measure_sharpness.py writes '
+                            f'({error})') from error
     return found
 
 
