@@ -11,13 +11,14 @@
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
 # smoothing mixup dropout flooding, and amp-late, which begins when 0.7 of the training is behind; FRACTION of the
-# training set; EPOCHS; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below
-# OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of
-# the table.
+# training set; EPOCHS; LAYERS of Large Margin, for another --arch; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs
+# (trials below OUT/trials, the table below OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first,
+# and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
 METHODS=${METHODS//none/}
+LAYERS=${LAYERS:-input layer1 layer2}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
@@ -26,7 +27,7 @@ only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam a
 # Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
 recipe="--dataset $DATASET --arch lenet --train-fraction $FRACTION --epochs $EPOCHS --test-every $EPOCHS
         --train-batch 50 --lr-schedule onecycle --momentum 0.9 --nesterov --clip-norm 5"
-layers="--large-margin-layers input layer1 layer2 --cross-entropy-weight 1"
+layers="--large-margin-layers $LAYERS --cross-entropy-weight 1"
 
 grid() {  # the trials of method $1, one a line
     case $1 in

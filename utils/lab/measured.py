@@ -44,7 +44,8 @@ def add_measured(runs, names, statistic):
         if len(shared) != 1:
             first, second = list(dict.fromkeys(way for own in ways for way in own))[:2]
             raise UserError(f'{name} was measured in several ways, and one is to be compared: '
-                            f'{_differing(first, second)}; measure all in one command, and move away the files of other measurements')
+                            f'{_differing(first, second)}; measure all in one command, and move away the files of '
+                            'other measurements')
         way, = shared
         for one, held in zip(runs, found):
             one.values[name] = held.get((name, way))
