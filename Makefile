@@ -1,6 +1,7 @@
 # make demo   train ResNet-20 with DMA on the bundled digits, about two minutes on two cores
 # make test   the test suite
 # make results   the tables and pictures of docs/results.md, from the runs in results/
+# make figures   the small figures of README's methods, from the measurements in results/figures/
 # make scripts-check   every run of scripts/ for one epoch of digits, half an hour or more on two cores
 # All set up .venv first; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
@@ -14,6 +15,10 @@ test: .venv/installed
 
 results: .venv/installed
 	.venv/bin/python scripts/results.py docs/results.md
+
+figures: .venv/installed
+	mkdir -p docs/figures
+	.venv/bin/python scripts/figures.py
 
 # The largest networks see the fewest images; lsoftmax_imbalanced.sh and smoothout_large_batch.sh need enough for a batch.
 scripts-check: .venv/installed
@@ -38,4 +43,4 @@ check = @start=$$(date +%s) && PYTHON=.venv/bin/python OUT=checkpoints/scripts-c
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.PHONY: demo test results scripts-check
+.PHONY: demo test results figures scripts-check

@@ -1,7 +1,7 @@
 # Functions of the scripts in this folder, which source this file. Paths are relative to the root of the repository,
 # wherever a script is started.
 #
-#   run FOLDER FLAG...               one run of cifar.py, if it is not finished
+#   run FOLDER FLAG...               one run of cifar.py, or of $SCRIPT, if it is not finished
 #   schedule EPOCHS MILESTONE...     the milestones of a recipe of EPOCHS epochs, moved to $EPOCHS epochs, as flags
 #   only NAME WORD...                ends the script if the variable NAME has a word that is not in the list
 #   finish [FLAG...]                 runs them all, then prints the table of $OUT, with these flags of compare.py; the
@@ -28,7 +28,7 @@ run() {
     if [ -e "$folder/result.json" ]; then
         say "finished: $folder"
     else
-        commands+=$(printf '%q ' "$PYTHON" cifar.py "$@" --checkpoint "$folder" --resume)auto$'\n'
+        commands+=$(printf '%q ' "$PYTHON" "${SCRIPT:-cifar.py}" "$@" --checkpoint "$folder" --resume)auto$'\n'
     fi
 }
 

@@ -18,7 +18,8 @@ import cifar
 import compare
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in (ROOT / 'scripts').glob('*.sh') if path.name not in ('run.sh', 'keep.sh'))
+OTHERS = ('run.sh', 'keep.sh', 'figures.sh')  # that print no table
+SCRIPTS = sorted(path.name for path in (ROOT / 'scripts').glob('*.sh') if path.name not in OTHERS)
 RUNS = {'dma_cifar.sh': 24, 'amp_cifar.sh': 72, 'lsoftmax_imbalanced.sh': 16, 'smoothout_large_batch.sh': 8,
         'large_margin_mnist.sh': 24, 'all_methods.sh': 14, 'search.sh': 6, 'amp_table1.sh': 48, 'ldam_cifar.sh': 20,
         'large_margin_authors.sh': 2}  # for each seed
@@ -87,7 +88,7 @@ def understood(command, monkeypatch):
 
 def test_there_are_scripts_and_bash_can_read_all_of_them():
     assert set(SCRIPTS) == set(RUNS)
-    for script in [*SCRIPTS, 'run.sh', 'keep.sh']:
+    for script in [*SCRIPTS, *OTHERS]:
         subprocess.run(['bash', '-n', ROOT / 'scripts' / script], check=True)
 
 
@@ -118,6 +119,16 @@ def test_every_command_is_understood_and_has_its_baseline(script, variables, sta
     settings = [dict(setting) for setting in settings]
     baselines = {flags.without_methods(setting) for setting in settings if setting['method'] == ()}
     assert baselines == {flags.without_methods(setting) for setting in settings} and len(baselines) < len(settings)
+
+
+def test_the_runs_behind_the_figures_are_understood(stage, monkeypatch):
+    result, _ = stage.call('figures.sh', '--precision', 'bf16', LIST='1')
+    commands = [shlex.split(line)[1:] for line in result.stdout.splitlines()]
+    assert len({value(command, '--checkpoint') for command in commands}) == len(commands) == 9
+    assert [command[0] for command in commands] == ['scripts/every_epoch.py'] * 2 + ['cifar.py'] * 7
+    for command in commands:
+        args = understood(command[1:], monkeypatch)
+        assert args.precision == 'bf16' and bool(args.method) != args.checkpoint.endswith('none')
 
 
 def test_the_default_folder_tells_data_and_epochs_apart(stage):
