@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib import image
 
 import compare
 from helpers import contents, write_run
@@ -92,7 +93,12 @@ def test_three_files_of_a_finished_run_are_kept_at_its_place(kept, tmp_path, mon
     assert capsys.readouterr().out == '2 runs are in results/\n'
     found = contents(kept / 'few/none/seed1')
     assert found.keys() == {'args.json', 'log.txt', 'result.json'}
-    assert found.items() <= contents(tmp_path / 'checkpoints/few/none/seed1').items()
+    args, given = (json.loads(files.pop('args.json')) for files in (
+        found, written := contents(tmp_path / 'checkpoints/few/none/seed1')))
+    assert found.items() <= written.items()
+    assert given['checkpoint'] == str(tmp_path / 'checkpoints/few/none/seed1')
+    assert args == given | {'checkpoint': 'results/few/none/seed1'}  # no path of the machine
+    found['args.json'] = args
     assert sorted(path.name for path in (kept / 'run').iterdir()) == sorted(found)
 
 
@@ -155,10 +161,37 @@ def test_a_table_is_printed_again_and_the_text_around_it_stays(results, monkeypa
 
 
 def test_every_kept_run_is_whole_and_of_a_commit():
-    """Of each run three files and no more, none with uncommitted changes; the number of runs of the first table."""
+    """Of each run three files and what was measured of it, none with uncommitted changes or a path of a machine; the
+    number of runs of the first table.
+    """
     folders = {path.parent for path in (ROOT / 'results').rglob('*') if path.is_file()}
+    folders -= {path for path in folders if path.is_relative_to(ROOT / 'results/figures')}
     for folder in folders:
-        assert sorted(path.name for path in folder.iterdir()) == ['args.json', 'log.txt', 'result.json']
-        commit = json.loads((folder / 'args.json').read_text())['environment']['commit']
-        assert commit and 'changes' not in commit
+        names = {path.name for path in folder.iterdir()}
+        assert names - {*keep.MEASURED} == {'args.json', 'log.txt', 'result.json'}
+        args = json.loads((folder / 'args.json').read_text())
+        assert args['environment']['commit'] and 'changes' not in args['environment']['commit']
+        assert not pathlib.PurePath(args['checkpoint']).is_absolute()
     assert len(folders) >= 132
+
+
+def test_the_figures_of_the_methods_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'scripts'))
+    figures = importlib.import_module('figures')
+    monkeypatch.setattr(sys, 'argv', ['figures.py', str(tmp_path)])
+    figures.main()
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    for draw in figures.FIGURES:
+        drawn = image.imread(tmp_path / f'{draw.__name__}.png')
+        kept = image.imread(ROOT / f'docs/figures/{draw.__name__}.png')
+        assert drawn.shape == kept.shape and drawn.shape[2] == 4 and drawn[0, 0, 3] == 0  # transparent
+        assert (drawn[..., 3] > 0).mean() > 0.01
+        assert re.search(rf'!\[[^]]{{40,}}\]\(docs/figures/{draw.__name__}\.png\)', readme), draw.__name__
+    lines = {}
+    monkeypatch.setattr(figures, 'curves', lambda figure, of, method, **labels: lines.update(
+        {name: dict(of(name)) for name in ('none', method)}))
+    figures.dma(None)
+    assert len(lines['none']) == len(lines['dma']) == 15
+    for epoch in (1, 15):
+        entry = json.loads((ROOT / f'results/figures/dma/epoch{epoch:02d}-margins.json').read_text())[0]
+        assert lines['dma'][epoch] == entry['result']['angle to the nearest class weight']['mean']

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 from utils.errors import UserError, shown
+from utils.files import digest, write_json
 from utils.flags import Parser, file_path
 from utils.lab import measured, runs as lab_runs
 from utils.output import RESULT
@@ -30,6 +31,7 @@ def main():
         for name in (*FILES, *MEASURED):
             if name in FILES or os.path.exists(os.path.join(folder, name)):
                 shutil.copyfile(os.path.join(folder, name), target / name)
+        name_folder(target)
         kept += 1
     print(f'{kept} runs are in results/')
     if refused:
@@ -51,6 +53,15 @@ def why_not(folder):
     if not commit or commit.endswith('with changes'):
         return f'its code is that of commit {commit or "unknown"}; commit the changes, and run it again'
     return None
+
+
+def name_folder(target):
+    """Let args.json name the folder that the run is kept in, instead of one of the machine that it ran on."""
+    args = lab_runs.read_dict(target, 'args.json')
+    args['checkpoint'] = target.relative_to(ROOT).as_posix()
+    if args.pop('check sum', None):
+        args['check sum'] = digest(args)
+    write_json(target / 'args.json', args)
 
 
 def place_of(folder):
