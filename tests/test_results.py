@@ -93,8 +93,8 @@ def test_three_files_of_a_finished_run_are_kept_at_its_place(kept, tmp_path, mon
     assert capsys.readouterr().out == '2 runs are in results/\n'
     found = contents(kept / 'few/none/seed1')
     assert found.keys() == {'args.json', 'log.txt', 'result.json'}
-    args, given = (json.loads(files.pop('args.json')) for files in (
-        found, written := contents(tmp_path / 'checkpoints/few/none/seed1')))
+    written = contents(tmp_path / 'checkpoints/few/none/seed1')
+    args, given = (json.loads(files.pop('args.json')) for files in (found, written))
     assert found.items() <= written.items()
     assert given['checkpoint'] == str(tmp_path / 'checkpoints/few/none/seed1')
     assert args == given | {'checkpoint': 'results/few/none/seed1'}  # no path of the machine
