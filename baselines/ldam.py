@@ -137,6 +137,11 @@ def cross_entropy_weight(args):
     return 0.0  # the loss is a cross-entropy itself
 
 
+def begins(args):
+    """The share of the training after which the class weights apply."""
+    return {'--deferred': args.deferred} if 0 < args.deferred < 1 else {}
+
+
 def loss_term(args, model, class_counts):
     """`args`, a model with num_classes, and its K class counts -> (outputs, targets, activations) -> scalar."""
     if args.deferred == 1 and 'reweight_beta' in getattr(args, 'given', ()):

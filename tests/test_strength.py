@@ -6,10 +6,12 @@ import torch
 
 import center
 import cifar
+import helpers
 from helpers import broken_off, call, refused, unrecorded
 from models import cifar as models
 from utils import methods, schedule, strength
 from utils.batches import Batches, Split
+from utils.errors import UserError
 from utils.run import validate
 
 SHORT = '-d digits --depth 8 --lr-schedule onecycle --train-batch 16 --manualSeed 3'
@@ -247,3 +249,15 @@ def test_climbing_on_a_part_is_a_step_of_sam_by_hand(flags, fraction, sizes):
     assert measured['Loss'] == pytest.approx(loss)  # of the pass over the whole batch, at the perturbed weights
     for ours, expected in zip(training.model.buffers(), statistics):
         torch.testing.assert_close(ours, expected)  # of the climb, at theta
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    ('--method dma --method-start 0.99', '--method-start 0.99 leaves no step to --method dma: the last of 20 begins'),
+    ('--method ldam --deferred 0.96', '--deferred 0.96 leaves no step to what begins there: the last of 20 begins'),
+])
+def test_a_training_that_ends_before_a_method_begins_is_refused(flags, sentence, monkeypatch, tmp_path):
+    helpers.few_digits(monkeypatch, 160, 20)
+    with pytest.raises(UserError, match=sentence):
+        call(monkeypatch, cifar, f'-d digits -a lenet --epochs 2 --train-batch 16 {flags} -c {tmp_path}/a')
+    enough = flags.replace('0.99', '0.95').replace('0.96', '0.95')
+    call(monkeypatch, cifar, f'-d digits -a lenet --epochs 2 --train-batch 16 {enough} -c {tmp_path}/b')

@@ -24,6 +24,8 @@ and, where it needs them:
     DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
     STRENGTH = the name of the option of its optimizer's parameter groups that --method-start and --method-ramp scale
     strength(args)                 -> 0 where its head has no margin that these two could scale
+    begins(args)                   -> {flag: share of the training after which what it says begins}, so that a training
+                                      that ends before is refused
     first_values(args)             -> flags that a checkpoint's state replaces, so that a resumed run refuses them
     CLASS_TARGETS = True where targets must be one class for each image, not shares of several, as mixing images gives
 --method-start and --method-ramp scale the strength of each method, from 0, which is plain training, to 1: the option
@@ -152,6 +154,12 @@ def check_arguments(args, parser):
 
 def _coef_flag(name):
     return f'--{name.replace("_", "-")}-coef'
+
+
+def begins(args):
+    """{flag: the share of the training after which what it says begins} of the chosen methods."""
+    of_each = [METHODS[name].begins(args) for name in args.method if hasattr(METHODS[name], 'begins')]
+    return {flag: share for own in of_each for flag, share in own.items()}
 
 
 def flags(module):

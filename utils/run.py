@@ -64,6 +64,10 @@ class Run:
         if args.method and strength.at(steps - 1, steps, args) == 0:
             raise UserError(f'--method-start {args.method_start:g} leaves no step to --method {" ".join(args.method)}: '
                             f'the last of {steps} begins before it')
+        for flag, share in methods.begins(args).items():
+            if (steps - 1) / steps < share:
+                raise UserError(f'{flag} {share:g} leaves no step to what begins there: the last of {steps} begins '
+                                'before it')
         self.scaled_options = methods.scaled_options(args)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
