@@ -100,6 +100,13 @@ def test_the_sharpness_benchmark_runs():
     assert re.search(pattern, result.stdout)
 
 
+def test_the_margins_benchmark_runs():
+    command = [sys.executable, 'benchmarks/margins.py', *'--images 16 --batch 8 --rounds 1'.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r'^\S.*: \d+\.\d+  \(rounds', result.stdout, re.MULTILINE)) == 4
+
+
 # Files of a run, archives of data sets, and placeholders: named in the documents, not in the repository.
 ELSEWHERE = re.compile(r'DIR\b|FILE\b|RUN/|HOST|REPOSITORY|data/|checkpoints/|.*MNIST/raw/|.*\*|module:|log\.'
                        r'|confusion\.|args\.json|result\.json|skipped\.txt|.*\.pth\.tar|.*\.mat|.*\.tar\.gz'

@@ -192,6 +192,21 @@ def test_first_order_distances_are_those_of_large_margin_by_loop():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_no_gradient_is_computed_twice_or_in_vain(monkeypatch):
+    torch.manual_seed(0)
+    net, images, calls = Tiny().double().eval(), torch.randn(8, 3, 2, 2, dtype=torch.float64), []
+    targets, grad = net(images).argmax(dim=1), torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, 'grad', lambda *args, **options: calls.append(args) or grad(*args, **options))
+    lab.first_order(net, Activations(net, ['input', 'features']), images, targets, 2)
+    assert len(calls) == 2  # other classes; the three norms and the layers share them
+    calls.clear()
+    lab.deepfool(net, images, targets, '2', 2, steps=1)
+    assert len(calls) == 2  # nothing moves after the last step
+    calls.clear()
+    lab.pgd(net, images, targets, '2', torch.ones(8, dtype=torch.float64), 5, 3)
+    assert len(calls) == 3 * 5
+
+
 def test_the_first_order_distance_of_two_classes_in_closed_form():
     net, images, targets = linear_case(2)
     net = net.requires_grad_(False)

@@ -38,17 +38,20 @@ def by_rows(function, vectors, targets):
 
 def angles(features, targets, weight):
     """In degrees: those of `angles_of_images`, and between class means and between class weights."""
-    means, _ = class_means(features, targets, len(weight))
-    of_images = angles_of_images(features, targets, weight)
+    unit_means = unit_class_means(features, targets, len(weight))
+    of_images = angles_of_images(features, targets, weight, unit_means)
     return {**{name: summary(values) for name, values in of_images.items()},
-            **between('class means', unit_rows(means)[targets.unique()]),
+            **between('class means', unit_means[targets.unique()]),
             **between('class weights', unit_rows(weight.double()))}
 
 
-def angles_of_images(features, targets, weight):
-    """{what it is: (N,)}, from 0 to 180 degrees; a vector of zeros is at 90 to every vector, as in DMA_Linear."""
-    means, _ = class_means(features, targets, len(weight))
-    units, unit_means = unit_rows(weight.double()), unit_rows(means)
+def angles_of_images(features, targets, weight, unit_means=None):
+    """{what it is: (N,)}, from 0 to 180 degrees; a vector of zeros is at 90 to every vector, as in DMA_Linear.
+
+    unit_means: `unit_class_means` of the same features and targets, where they are known already.
+    """
+    unit_means = unit_class_means(features, targets, len(weight)) if unit_means is None else unit_means
+    units = unit_rows(weight.double())
 
     def of(x, y):
         x, y = unit_rows(x), y[:, None]
@@ -71,6 +74,11 @@ def between(what, units):
     angle = degrees((units @ units.T)[rows, columns])
     return {f'mean angle between {what}': angle.mean().item() if len(angle) else None,
             f'smallest angle between {what}': angle.min().item() if len(angle) else None}
+
+
+def unit_class_means(features, targets, classes):
+    """`class_means`, each divided by its length, (classes, F)."""
+    return unit_rows(class_means(features, targets, classes)[0])
 
 
 def class_means(features, targets, classes):
@@ -128,9 +136,20 @@ def first_order(network, activations, inputs, targets, top_k, norms=tuple(DUAL))
     """
     logits = network(inputs)
     layers = activations.read()
-    found = [LargeMarginLoss(top_k=top_k, norm=norm).distances(logits, targets, layers).amin(dim=0) for norm in norms]
-    return {(name, norm): d[index].detach() for norm, d in zip(norms, found)
+    found = LargeMarginInNorms(top_k, norms).distances(logits, targets, layers).amin(dim=0).detach()
+    return {(name, norm): found[index, place] for place, norm in enumerate(norms)
             for index, name in enumerate(activations.names)}
+
+
+class LargeMarginInNorms(LargeMarginLoss):
+    """Its `distances` are in several norms, (top_k, layers, norms, batch), and take as many backward passes as one."""
+
+    def __init__(self, top_k, norms):
+        super().__init__(top_k=top_k)
+        self.each = [LargeMarginLoss(norm=norm) for norm in norms]
+
+    def _dual_norm(self, gradient):
+        return torch.stack([loss._dual_norm(gradient) for loss in self.each])
 
 
 def deepfool(network, inputs, targets, norm, top_k, steps=50, overshoot=0.02):
@@ -150,7 +169,7 @@ def deepfool(network, inputs, targets, norm, top_k, steps=50, overshoot=0.02):
         right = logits.argmax(dim=1) == y[:, 0]
         changed = left[~right]
         distance[changed] = length((1 + overshoot) * moved[changed], norm)
-        if not right.any():
+        if step == steps or not right.any():
             break
         nearest, best = inputs.new_full((len(left),), math.inf), torch.zeros_like(x)
         for k in others[left].split(1, dim=1):
@@ -175,10 +194,12 @@ def pgd(network, inputs, targets, norm, upper, steps, bisections):
     for _ in range(bisections if len(searched) else 0):
         radius = (low + high) / 2
         changed, moved = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(x)
-        for _ in range(steps + 1):
+        for step in range(steps + 1):
             at = (x + moved).requires_grad_()
             logits = network(at)
             changed |= logits.argmax(dim=1) != y
+            if step == steps:
+                break
             slope, = torch.autograd.grad(ahead(logits, y).sum(), at)
             moved = moved - beside(2.5 * radius / steps, x) * direction(slope, norm)
             edge = beside(radius, x)
