@@ -27,6 +27,7 @@ import torch
 from train_step import DEVICE, network, seconds
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from large_margin import DUAL  # noqa: E402
 from utils.batches import Batches, Split  # noqa: E402
 from utils.lab import margins  # noqa: E402
 from utils.lab.view import View  # noqa: E402
@@ -34,7 +35,6 @@ from utils.lab.view import View  # noqa: E402
 CLASSES = 10
 OTHERS = CLASSES - 1
 PASSES = 5  # of the angles in one timing, because one is short
-DUALS = {'1': float('inf'), '2': 2, 'inf': 1}  # of each norm that measures distances, the one of the gradient
 
 
 class Resident(list):
@@ -109,7 +109,7 @@ def main():
             margins.angles(features, targets, view.weight('the angles need'))
 
     def bare_distances(*norms):
-        duals = [DUALS[norm] for norm in norms]
+        duals = [DUAL[norm] for norm in norms]
         for (inputs, targets), of_batch in zip(batches, others):
             bare_gradients(model, inputs, targets, of_batch, duals)
 
@@ -131,7 +131,7 @@ def main():
 
     timed = {f'{PASSES} times --angles / bare pass': (lambda: bare_passes(model, batches), angles),
              'first-order distances, norm 2 / bare loop': (lambda: bare_distances('2'), lambda: distances('2')),
-             'the same in norms 1, 2 and inf': (lambda: bare_distances(*DUALS), lambda: distances(*DUALS)),
+             'the same in norms 1, 2 and inf': (lambda: bare_distances(*DUAL), lambda: distances(*DUAL)),
              'DeepFool / bare loop': (bare_deepfool, deepfool)}
     for pair in timed.values():
         for function in pair:
