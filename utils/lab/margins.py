@@ -198,7 +198,7 @@ def pgd(network, inputs, targets, norm, upper, steps, bisections):
             at = (x + moved).requires_grad_()
             logits = network(at)
             changed |= logits.argmax(dim=1) != y
-            if step == steps:
+            if step == steps or changed.all():
                 break
             slope, = torch.autograd.grad(ahead(logits, y).sum(), at)
             moved = moved - beside(2.5 * radius / steps, x) * direction(slope, norm)
