@@ -2,7 +2,7 @@
 
     python compare.py checkpoints/*
     python compare.py checkpoints --metric top1 loss ece --markdown     # every run below checkpoints/
-    python compare.py checkpoints --measured "angular margin"       # once measure_margins.py has measured each run
+    python compare.py checkpoints --measured "angular margin"           # once measure_margins.py has measured each run
     python compare.py checkpoints --baseline '--method amp' --plot curves.png
 """
 import collections
@@ -106,8 +106,9 @@ def with_metrics(runs, metrics):
     lacking = {one.folder: [name for name in metrics if one.values[name] is None] for one in runs}
 
     def reason(names):
-        columns = ' and no '.join(metrics[name].column for name in names)
-        if any(name in METRICS for name in names):
+        of_result = [name for name in names if name in METRICS]
+        columns = ' and no '.join(metrics[name].column for name in of_result or names)
+        if of_result:
             return f'its result.json has no {columns}; resume it with no flags to have it written again'
         return f'no {columns} was measured of its result'
 
@@ -280,7 +281,7 @@ def explained(args, runs, rows):
     other = f'`{args.baseline}`' if args.baseline is not None else 'the same flags without a method'
     yield (f'Difference: to {other}, with Welch\'s 95% interval; paired difference: the mean over the seeds that both '
            'have, with a 95% BCa bootstrap interval; p: two-sided, among all changes of the signs of these '
-           f'differences, corrected for the rows of the table (Holm); verdict: where the second interval excludes 0 '
+           'differences, corrected for the rows of the table (Holm); verdict: where the second interval excludes 0 '
            'and p is at most 0.05.')
     if (needed := statistics.fewest_pairs(len(compared))) > max(compared):
         yield (f'With {max(compared)} seeds that both have, nothing can be shown for {len(compared)} '

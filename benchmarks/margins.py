@@ -24,7 +24,7 @@ import sys
 import types
 
 import torch
-from train_step import DEVICE, network, seconds
+from train_step import DEVICE, device_name, in_rounds, network
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from large_margin import DUAL  # noqa: E402
@@ -133,13 +133,7 @@ def main():
              'first-order distances, norm 2 / bare loop': (lambda: bare_distances('2'), lambda: distances('2')),
              'the same in norms 1, 2 and inf': (lambda: bare_distances(*DUAL), lambda: distances(*DUAL)),
              'DeepFool / bare loop': (bare_deepfool, deepfool)}
-    for pair in timed.values():
-        for function in pair:
-            function()  # warm-up: memory, autotuning
-    rounds = [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()}
-              for _ in range(settings.rounds)]
-
-    name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    rounds, name = in_rounds(timed, settings.rounds), device_name()
     print(f'{settings.arch}, {settings.images} images, {settings.rounds} rounds, torch {torch.__version__}, {name}')
     moved = [len(inputs) for inputs, moves in passes if moves]
     print(f'DeepFool: {len(moved)} steps of together {sum(moved)} images')

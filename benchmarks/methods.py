@@ -19,7 +19,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from train_step import DEVICE, FirstBatches, seconds
+from train_step import DEVICE, FirstBatches, device_name, seconds
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import cifar  # noqa: E402
@@ -108,7 +108,7 @@ def main():
     rounds = [{name: (seconds(plain), seconds(function)) for name, function in timed.items()}
               for _ in range(settings.rounds)]
 
-    name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    name = device_name()
     print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch '
           f'{torch.__version__}, {name}')
     each = statistics.median(reference for row in rounds for reference, _ in row.values()) / settings.steps

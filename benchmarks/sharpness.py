@@ -19,7 +19,7 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from train_step import DEVICE, network, seconds
+from train_step import DEVICE, device_name, in_rounds, network
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from utils.batches import Batches, Split, seeded_generator  # noqa: E402
@@ -72,13 +72,7 @@ def main():
             landscape.loss_and_gradient(landscape.weights + 0.01 * index * direction)
 
     timed = {'scan': (bare_points, scan), 'gradients': (bare_gradients, gradients)}
-    for pair in timed.values():
-        for function in pair:
-            function()  # warm-up: memory, autotuning
-    rounds = [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()}
-              for _ in range(settings.rounds)]
-
-    name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    rounds, name = in_rounds(timed, settings.rounds), device_name()
     print(f'{settings.arch}, {settings.images} images, {settings.rounds} rounds of {settings.points} points, torch '
           f'{torch.__version__}, {name}')
     for name, what in (('scan', 'points per second over a bare evaluation'),

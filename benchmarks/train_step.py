@@ -47,6 +47,20 @@ def seconds(function):
     return time.perf_counter() - began
 
 
+def in_rounds(timed, rounds):
+    """Seconds of each pair of functions, after a warm-up of each (memory, autotuning), alternately: a list with a dict
+    for each round, name -> (seconds of the first, seconds of the second).
+    """
+    for pair in timed.values():
+        for function in pair:
+            function()
+    return [{name: (seconds(bare), seconds(ours)) for name, (bare, ours) in timed.items()} for _ in range(rounds)]
+
+
+def device_name():
+    return torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+
+
 def network(settings, channels_last=True):
     torch.manual_seed(0)
     model = models.build(settings.arch, 10, depth=settings.depth).to(DEVICE)
@@ -165,7 +179,7 @@ def main():
         function()  # warm-up: memory, workers, autotuning
     rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(settings.rounds)]
 
-    name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    name = device_name()
     print(f'{settings.arch}, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, torch '
           f'{torch.__version__}, {name}')
     for key in timed:
