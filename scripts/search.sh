@@ -10,19 +10,22 @@
 #   DATASET=digits FRACTION=0.5 METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
-# smoothing mixup dropout flooding, and amp-late, which begins when 0.7 of the training is behind; FRACTION of the
-# training set; EPOCHS; LAYERS of Large Margin, for another --arch; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs
-# (trials below OUT/trials, the table below OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first,
-# and when they are finished the runs of the table.
+# ldam logit_adjustment smoothing mixup cutout dropout flooding, and amp-late, which begins when 0.7 of the training is
+# behind; FRACTION of the training set; EPOCHS; LAYERS of Large Margin, for another --arch; VAL_SPLIT, the part of it
+# that judges the trials; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below
+# OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the
+# table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
 METHODS=${METHODS//none/}
 LAYERS=${LAYERS:-input layer1 layer2}
+VAL_SPLIT=${VAL_SPLIT:-0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
-only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface smoothing mixup dropout flooding
+only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface ldam logit_adjustment \
+    smoothing mixup cutout dropout flooding
 
 # Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
 recipe="--dataset $DATASET --arch lenet --train-fraction $FRACTION --epochs $EPOCHS --test-every $EPOCHS
@@ -42,8 +45,11 @@ grid() {  # the trials of method $1, one a line
         sam) printf -- '--rho %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         momentum-sam) printf -- '--rho %s\n' 0.03 0.1 0.3 1 3 10 ;;
         arcface) printf -- '--scale %s --angular-margin %s\n' 10 0 10 0.2 10 0.5 30 0 30 0.2 30 0.5 ;;
+        ldam) printf -- '--max-margin %s --deferred %s\n' 0.2 0.8 0.5 0.8 0.8 0.8 0.2 1 0.5 1 0.8 1 ;;
+        logit_adjustment) printf -- '--tau %s\n' 0.25 0.5 0.75 1 1.5 2 ;;
         smoothing) printf -- '--label-smoothing %s\n' 0.05 0.1 0.2 0.3 0.5 0.7 ;;
         mixup) printf -- '--mixup %s\n' 0.1 0.2 0.5 1 2 4 ;;
+        cutout) printf -- '--cutout %s\n' 2 4 8 12 16 20 ;;
         dropout) printf -- '--dropout %s\n' 0.1 0.2 0.3 0.5 0.7 0.9 ;;
         flooding) printf -- '--flood %s\n' 0.05 0.1 0.2 0.5 1 1.5 ;;
     esac
@@ -51,7 +57,7 @@ grid() {  # the trials of method $1, one a line
 
 flags() {  # the flags of a trial $2 of method $1
     case $1 in
-        none|smoothing|mixup|dropout|flooding) echo "$2" ;;
+        none|smoothing|mixup|cutout|dropout|flooding) echo "$2" ;;
         amp-late) echo "--method amp --method-start 0.7 $2" ;;
         momentum-sam) echo "--method sam --direction momentum $2" ;;
         large_margin) echo "--method large_margin $layers $2" ;;
@@ -70,7 +76,7 @@ try() {  # add the trials of methods $2... with the flags $1 for each of them
     for method; do
         while read -r trial; do
             for seed in $TRIAL_SEEDS; do
-                run "$OUT/trials/$method/$(name "$trial")/seed$seed" $recipe --val-split 0.1 $common \
+                run "$OUT/trials/$method/$(name "$trial")/seed$seed" $recipe --val-split "$VAL_SPLIT" $common \
                     $(flags "$method" "$trial") --manualSeed "$seed" "${given[@]}"
             done
         done < <(grid "$method")
