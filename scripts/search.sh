@@ -11,16 +11,14 @@
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
 # ldam logit_adjustment smoothing mixup cutout dropout flooding, and amp-late, which begins when 0.7 of the training is
-# behind; FRACTION of the training set; EPOCHS; LAYERS of Large Margin, for another --arch; VAL_SPLIT, the part of it
-# that judges the trials; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below
-# OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the
-# table.
+# behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LAYERS of Large Margin, for
+# another --arch; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table);
+# PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
 METHODS=${METHODS//none/}
 LAYERS=${LAYERS:-input layer1 layer2}
-VAL_SPLIT=${VAL_SPLIT:-0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
@@ -76,7 +74,7 @@ try() {  # add the trials of methods $2... with the flags $1 for each of them
     for method; do
         while read -r trial; do
             for seed in $TRIAL_SEEDS; do
-                run "$OUT/trials/$method/$(name "$trial")/seed$seed" $recipe --val-split "$VAL_SPLIT" $common \
+                run "$OUT/trials/$method/$(name "$trial")/seed$seed" $recipe --val-split 0.1 $common \
                     $(flags "$method" "$trial") --manualSeed "$seed" "${given[@]}"
             done
         done < <(grid "$method")
