@@ -11,14 +11,15 @@
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
 # ldam logit_adjustment smoothing mixup cutout dropout flooding, and amp-late, which begins when 0.7 of the training is
-# behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LAYERS of Large Margin, for
-# another --arch; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table);
-# PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+# behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and
+# LAYERS of Large Margin, for another --arch; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials,
+# the table below OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
 METHODS=${METHODS//none/}
 LAYERS=${LAYERS:-input layer1 layer2}
+LRS=${LRS:-0.02 0.05 0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
@@ -32,8 +33,7 @@ layers="--large-margin-layers $LAYERS --cross-entropy-weight 1"
 
 grid() {  # the trials of method $1, one a line
     case $1 in
-        none) printf '%s\n' "--lr 0.02 --wd 0.0005" "--lr 0.05 --wd 0.0005" "--lr 0.1 --wd 0.0005" \
-                            "--lr 0.02 --wd 0.005" "--lr 0.05 --wd 0.005" "--lr 0.1 --wd 0.005" ;;
+        none) for wd in 0.0005 0.005; do printf -- "--lr %s --wd $wd\n" $LRS; done ;;
         dma) printf -- '--dma-coef %s\n' 0.01 0.03 0.1 0.3 1 3 ;;
         lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 5 2 1 2 0 4 5 4 1 4 0 ;;
         amp|amp-late) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
