@@ -4,6 +4,7 @@
     python compare.py checkpoints --metric top1 loss ece --markdown     # every run below checkpoints/
     python compare.py checkpoints --measured "angular margin"           # once measure_margins.py has measured each run
     python compare.py checkpoints --baseline '--method amp' --plot curves.png
+    python compare.py results/search/*/table --grid                     # a row for each folder, a column for each method
 """
 import collections
 import csv
@@ -43,6 +44,9 @@ def parse_arguments():
     parser.add_argument('--statistic', choices=STATISTICS, default='mean',
                         help='over the images, of what --measured has for each image (mean)')
     parser.add_argument('--error', action='store_true', help='100 minus each accuracy')
+    parser.add_argument('--grid', action='store_true',
+                        help='a row for each DIR, such as a condition, and a column for each folder in it, such as a '
+                             'method; p-values are corrected within a row')
     parser.add_argument('--baseline', metavar='FLAGS',
                         help='compare with this row, such as "(none)" (each row with its own flags without a method)')
     group = parser.add_mutually_exclusive_group()
@@ -61,6 +65,8 @@ def parse_arguments():
     args.metrics = {name: METRICS[name] if name in METRICS else of_measured(name, args.statistic) for name in names}
     if args.error and not any(metric.accuracy for metric in args.metrics.values()):
         parser.error(f'--error turns accuracies around, and --metric {" ".join(names)} names none')
+    if args.grid and (len(args.metrics) > 1 or args.csv or args.plot):
+        parser.error('--grid has one number in each cell: one --metric or --measured, and neither --csv nor --plot')
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
         parser.error(f'--plot must end in .png or .pdf, was given {args.plot}')
     if args.plot and not os.path.isdir(os.path.dirname(args.plot) or '.'):
@@ -81,6 +87,18 @@ def main():
     if not runs:
         print(*others, sep='\n', file=notes, flush=True)
         raise UserError(f'none of the {len(others)} runs can be compared, as none is finished')
+    if args.grid:
+        rows = rows_of_grid(args, runs, flags)
+        print(*in_columns(cells_of_grid(args, rows), args.markdown), sep='\n', end='\n\n')
+        print(*explained_grid(args, runs, rows), sep=between, end=between)
+    else:
+        compare(args, runs, flags, between)
+    used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
+    print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep=between, file=notes)
+
+
+def compare(args, runs, flags, between):
+    """Print, and with --plot draw, a row for each setting."""
     settings = in_order(runs, flags)
     shared, names, differing = name_settings([own[0].setting for own in settings], flags)
     baselines = find_baselines(args.baseline, settings, names, differing, flags)
@@ -93,12 +111,85 @@ def main():
     else:
         print_table(rows, columns, shared, args.markdown)
         print(*explained(args, runs, rows), sep=between, end=between)
-    used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
-    print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep=between, file=notes)
     if args.plot and all(len(one.curve) == 1 for one in runs):
         plot_differences(args, rows)
     elif args.plot:
         plot(args.plot, settings, names, shared)
+
+
+def rows_of_grid(args, runs, flags):
+    """Each folder of the command line that has runs -> {the name of a folder in it: what `summarise` tells of it}."""
+    rows = {}
+    for folder in args.folders:
+        beginning = os.path.join(os.path.normpath(folder), '')
+        own = [one for one in runs if one.folder.startswith(beginning)]
+        if not own:
+            continue
+        settings = in_order(own, flags)
+        _, names, differing = name_settings([each[0].setting for each in settings], flags)
+        baselines = find_baselines(args.baseline or '(none)', settings, names, differing, flags)
+        columns = [each[0].folder.removeprefix(beginning).split(os.sep)[0] for each in settings]
+        if repeated := [name for name, times in collections.Counter(columns).items() if times > 1]:
+            raise UserError(f'{os.path.join(folder, repeated[0])} holds runs with different flags, and --grid has one '
+                            'cell for them; compare.py without --grid shows them')
+        rows[folder] = dict(zip(columns, summarise(settings, names, baselines, args)))
+    return rows
+
+
+def cells_of_grid(args, rows):
+    """Lines of words, the header first: a condition, its numbers of seeds, its cells."""
+    form = next(iter(args.metrics.values())).form
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    yield ['condition', 'n', *columns]
+    for label, row in zip(without_shared_parts(list(rows)), rows.values()):
+        seeds = {min(cell['n'] for cell in row.values()), max(cell['n'] for cell in row.values())}
+        yield [label, '-'.join(map(str, sorted(seeds))),
+               *(as_cell(row[name], args, form) if name in row else '' for name in columns)]
+
+
+def explained_grid(args, runs, rows):
+    """What the cells are, in sentences."""
+    yield next(explained(args, runs, []))
+    yield (f'A cell: the verdict; the mean difference to `{args.baseline or "(none)"}` over the seeds that both have, '
+           'with a 95% BCa bootstrap interval; then the result itself. Better or worse: the interval excludes 0, and p '
+           'is at most 0.05, two-sided, among all changes of the signs of these differences, corrected for the cells '
+           'of the row (Holm).')
+    for label, row in zip(without_shared_parts(list(rows)), rows.values()):
+        pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
+        if pairs and (needed := statistics.fewest_pairs(len(pairs))) > max(pairs):
+            yield (f'{label}: with {max(pairs)} seeds nothing can be shown for {len(pairs)} cells, however large the '
+                   f'difference; it takes {needed}.')
+
+
+def without_shared_parts(paths):
+    """The paths without the folders with which all of them begin or end."""
+    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    while len(paths) > 1 and min(map(len, parts)) > 1:
+        end = next((end for end in (0, -1) if len({each[end] for each in parts}) == 1), None)
+        if end is None:
+            break
+        for each in parts:
+            each.pop(end)
+    return [os.path.join(*each) for each in parts]
+
+
+def as_cell(row, args, form):
+    """A result, and behind it the paired difference with its verdict, in bold if it is one of the two that show."""
+    metric = next(iter(args.metrics.values()))
+    value, verdict = as_text(row[metric.column], form), row['verdict']
+    if verdict is None:
+        return value
+    word = f'**{verdict}**' if args.markdown and verdict in (metric.higher, metric.lower) else verdict
+    return f'{word} {as_text(row["paired difference"], f"+{form}")}; {value}'.strip()
+
+
+def in_columns(lines, markdown):
+    """Lines of cells as text: a Markdown table, or columns of one width, the first line being the header."""
+    lines = list(lines)
+    if markdown:
+        return [f'| {" | ".join(line)} |' for line in (lines[0], ['---'] * len(lines[0]), *lines[1:])]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ['   '.join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def with_metrics(runs, metrics):
@@ -249,13 +340,9 @@ def columns_of(args):
 def print_table(rows, columns, shared, markdown):
     cells = [[as_text(row[column], form) for column, form in columns.items()] for row in rows]
     if markdown:
-        named = (['`' + row[0].replace('|', '\\|') + '`', *row[1:]] for row in cells)
-        lines = [f'| {" | ".join(line)} |' for line in (columns, ['---'] * len(columns), *named)]
+        cells = [['`' + row[0].replace('|', '\\|') + '`', *row[1:]] for row in cells]
         shared = f'`{shared}`'
-    else:
-        widths = [max(map(len, column)) for column in zip(columns, *cells)]
-        lines = ['   '.join(map(str.ljust, line, widths)).rstrip() for line in (columns, *cells)]
-    print(f'all: {shared}\n', *lines, sep='\n', end='\n\n')
+    print(f'all: {shared}\n', *in_columns([list(columns), *cells], markdown), sep='\n', end='\n\n')
 
 
 def as_text(value, form):

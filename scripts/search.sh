@@ -12,12 +12,15 @@
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
 # ldam logit_adjustment smoothing mixup cutout dropout flooding, and amp-late, which begins when 0.7 of the training is
 # behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and
-# LAYERS of Large Margin, for another --arch; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials,
-# the table below OUT/table); PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+# LAYERS of Large Margin, for another --arch; COMBINATIONS of METHODS for the table, such as amp+dma, each with what it
+# chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table);
+# TRIALS, the folder of trials that were made before, and then none is made; PYTHON. More in run.sh; with LIST=1 the
+# trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
 METHODS=${METHODS//none/}
+COMBINATIONS=${COMBINATIONS:-}
 LAYERS=${LAYERS:-input layer1 layer2}
 LRS=${LRS:-0.02 0.05 0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
@@ -25,6 +28,7 @@ SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface ldam logit_adjustment \
     smoothing mixup cutout dropout flooding
+COMBINATIONS=${COMBINATIONS//+/ } only COMBINATIONS $METHODS
 
 # Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
 recipe="--dataset $DATASET --arch lenet --train-fraction $FRACTION --epochs $EPOCHS --test-every $EPOCHS
@@ -71,6 +75,7 @@ name() {  # a trial as the name of a folder: --lr 0.02 is lr-0.02
 try() {  # add the trials of methods $2... with the flags $1 for each of them
     local common=$1 method trial seed
     shift
+    [ -z "${TRIALS:-}" ] || return
     for method; do
         while read -r trial; do
             for seed in $TRIAL_SEEDS; do
@@ -83,10 +88,21 @@ try() {  # add the trials of methods $2... with the flags $1 for each of them
 
 chosen() {  # the trial of method $1 that is best on the validation images
     local best trial
-    best=$("$PYTHON" -m utils.lab.choose "$OUT/trials/$1") || exit 1
+    best=$("$PYTHON" -m utils.lab.choose "${TRIALS:-$OUT/trials}/$1") || exit 1
     while read -r trial; do
         [ "$(name "$trial")" != "$best" ] || echo "$trial"
     done < <(grid "$1")
+}
+
+together() {  # the chosen flags of the methods that + joins in $1
+    local methods= others= part trial words
+    for part in ${1//+/ }; do
+        trial=$(chosen "$part") || exit 1
+        words=($(flags "$part" "$trial"))
+        [ "${words[0]}" != --method ] || { methods+=" ${words[1]}"; words=("${words[@]:2}"); }
+        others+=" ${words[*]}"
+    done
+    echo "${methods:+--method$methods}$others"
 }
 
 given=("$@")
@@ -95,13 +111,12 @@ run_all
 plain=$(chosen none) || exit 1
 try "$plain" $METHODS
 run_all
-for method in none $METHODS; do
-    trial=$(chosen "$method") || exit 1
-    say "chosen: $method $trial"
+for method in none $METHODS $COMBINATIONS; do
+    words=$(together "$method") || exit 1
+    say "chosen: $method $words"
     [ "$method" = none ] && common= || common=$plain
     for seed in $SEEDS; do
-        run "$OUT/table/$method/seed$seed" $recipe $common $(flags "$method" "$trial") --manualSeed "$seed" \
-            "${given[@]}"
+        run "$OUT/table/$method/seed$seed" $recipe $common $words --manualSeed "$seed" "${given[@]}"
     done
 done
 OUT=$OUT/table
