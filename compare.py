@@ -157,7 +157,7 @@ def explained_grid(args, runs, rows):
     for label, row in zip(without_shared_parts(list(rows)), rows.values()):
         pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
         if pairs and (needed := statistics.fewest_pairs(len(pairs))) > max(pairs):
-            yield (f'{label}: with {max(pairs)} seeds nothing can be shown for {len(pairs)} cells, however large the '
+            yield (f'{label}: with {max(pairs)} seeds nothing can be shown in a row of {len(pairs)}, however large the '
                    f'difference; it takes {needed}.')
 
 

@@ -90,8 +90,10 @@ chosen() {  # the trial of method $1 that is best on the validation images
     local best trial
     best=$("$PYTHON" -m utils.lab.choose "${TRIALS:-$OUT/trials}/$1") || exit 1
     while read -r trial; do
-        [ "$(name "$trial")" != "$best" ] || echo "$trial"
+        [ "$(name "$trial")" != "$best" ] || { echo "$trial"; return; }
     done < <(grid "$1")
+    echo "error: the best trial of $1 is $best, which is none of this script's" >&2
+    exit 1
 }
 
 together() {  # the chosen flags of the methods that + joins in $1
@@ -102,7 +104,8 @@ together() {  # the chosen flags of the methods that + joins in $1
         [ "${words[0]}" != --method ] || { methods+=" ${words[1]}"; words=("${words[@]:2}"); }
         others+=" ${words[*]}"
     done
-    echo "${methods:+--method$methods}$others"
+    others="${methods:+ --method$methods}$others"
+    echo "${others# }"
 }
 
 given=("$@")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -133,6 +134,43 @@ def test_each_metric_has_its_columns_and_verdict(metrics, table):
         assert amp[f'{name} verdict'] == ('worse' if name == 'worst class' else 'better')
         assert smoothout[f'{name} verdict'] == 'not shown' and smoothout[f'{name} p (Holm)'] == 1
     assert amp['ECE verdict'] == 'not shown'
+
+
+@pytest.fixture
+def conditions(tmp_path):
+    """Two conditions of seven seeds. DMA is better in the first and worse in the second, which lacks AMP."""
+    for condition, flags, gain in (('few', '--train-fraction 0.1', 1.0), ('wrong', '--label-noise 0.4', -2.0)):
+        for seed in range(7):
+            gains = {'none': 0.0, 'dma': gain + 0.01 * seed, 'amp': (-1) ** seed}
+            for method, own in list(gains.items())[:3 if condition == 'few' else 2]:
+                write_run(tmp_path / condition / 'table' / method / f'seed{seed}', seed=seed, curve=(70.0 + seed + own,),
+                          flags=flags if method == 'none' else f'{flags} --method {method}')
+    return [tmp_path / condition / 'table' for condition in ('few', 'wrong')]
+
+
+def test_a_grid_has_conditions_as_rows_and_methods_as_columns(conditions, monkeypatch, capsys):
+    call(monkeypatch, *conditions, '--grid', '--markdown')
+    header, _, few, wrong, _, _, _, cells, _, environment = capsys.readouterr().out.splitlines()
+    assert header == '| condition | n | none | dma | amp |'
+    name, n, plain, dma, amp = few.strip('| ').split(' | ')
+    low, high = statistics.paired([70.0 + seed + (1.0 + 0.01 * seed) - (70.0 + seed) for seed in range(7)])[1:]
+    assert (name, n, plain) == ('few', '7', '73.00 +- 2.16')
+    assert dma == f'**better** +1.03 [{low:+.2f}, {high:+.2f}]; 74.03 +- {deviation([1.01 * s for s in range(7)]):.2f}'
+    assert amp.startswith('not shown +0.14 [')
+    assert wrong.startswith('| wrong | 7 | 73.00 +- 2.16 | **worse** -1.97 [') and wrong.endswith(' |  |')
+    assert 'for the cells of the row' in cells and environment.startswith('Commit ')
+
+
+def test_a_grid_tells_of_too_few_seeds_and_has_one_setting_in_a_cell(conditions, monkeypatch, capsys):
+    for seed in range(2, 7):
+        shutil.rmtree(conditions[1] / f'dma/seed{seed}')
+    call(monkeypatch, *conditions, '--grid')
+    printed = capsys.readouterr().out
+    assert 'wrong: with 2 seeds nothing can be shown in a row of 1,' in printed and 'few: with' not in printed
+    assert printed.splitlines()[2].split()[:2] == ['wrong', '2-7']
+    write_run(conditions[0] / 'dma' / 'other', '--train-fraction 0.1 --method dma --dma-coef 3', curve=(50.0,))
+    with pytest.raises(UserError, match='dma holds runs with different flags, and --grid has one cell for them'):
+        call(monkeypatch, *conditions, '--grid')
 
 
 def test_runs_that_were_tested_once_are_drawn_as_intervals(tmp_path, monkeypatch):
@@ -506,6 +544,8 @@ def test_a_mixed_run_is_left_out(finished, table, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize('words, sentence', [
     ([], 'name the folders'), (['.', '--markdown', '--csv'], 'not allowed with'), (['.', '--unknown'], '--unknown'),
     (['.', '--plot', 'x.jpg'], '--plot must end in .png or .pdf, was given x.jpg'),
+    (['.', '--grid', '--metric', 'top1', 'ece'], '--grid has one number in each cell'),
+    (['.', '--grid', '--csv'], '--grid has one number in each cell'),
 ])
 def test_errors_of_the_command_line_are_one_sentence(words, sentence, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:

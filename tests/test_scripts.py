@@ -315,7 +315,22 @@ def test_trials_choose_the_flags_of_the_table(stage):
     assert all(value(command, '--lr') == '0.02' and value(command, '--wd') == '0.0005' for command in trials[12:])
     assert [value(command, '--dma-coef') for command in table if '--dma-coef' in command] == ['0.01']
     assert [line for line in result.stdout.splitlines() if line.startswith('chosen')] == [
-        'chosen: none --lr 0.02 --wd 0.0005', 'chosen: dma --dma-coef 0.01']
+        'chosen: none --lr 0.02 --wd 0.0005', 'chosen: dma --method dma --dma-coef 0.01']
+
+
+def test_combinations_take_what_each_method_chose_alone_in_trials_of_before(stage, tmp_path):
+    variables = {'METHODS': 'dma amp smoothing', 'COMBINATIONS': 'amp+dma smoothing+dma', 'SEEDS': '1'}
+    for name in ('none/lr-0.1-wd-0.005', 'dma/dma-coef-0.3', 'amp/epsilon-1', 'smoothing/label-smoothing-0.5'):
+        (tmp_path / 'trials' / name).mkdir(parents=True)
+    result, commands = stage.call('search.sh', TRIALS=str(tmp_path / 'trials'), LIST='1', **variables)
+    assert not commands and 'trials' not in result.stdout and result.stdout.count('\n') == 6
+    flags = {line.split('/table/')[1].split('/')[0]: line.split(' --wd 0.005 ')[1].split(' --manualSeed')[0]
+             for line in result.stdout.splitlines() if '+' in line}
+    assert flags == {'amp+dma': '--method amp dma --epsilon 1 --dma-coef 0.3',
+                     'smoothing+dma': '--method dma --label-smoothing 0.5 --dma-coef 0.3'}
+    result, _ = stage.call('search.sh', LIST='1', **{**variables, 'COMBINATIONS': 'amp+sam'})
+    assert result.returncode == 2
+    assert result.stderr == ('error: COMBINATIONS can be one or several of: dma amp smoothing; was given sam\n')
 
 
 def test_every_method_has_as_many_trials(stage):
