@@ -143,7 +143,7 @@ def conditions(tmp_path):
         for seed in range(7):
             gains = {'none': 0.0, 'dma': gain + 0.01 * seed, 'amp': (-1) ** seed}
             for method, own in list(gains.items())[:3 if condition == 'few' else 2]:
-                write_run(tmp_path / condition / 'table' / method / f'seed{seed}', seed=seed, curve=(70.0 + seed + own,),
+                write_run(tmp_path / condition / 'table' / method / f'seed{seed}', seed=seed, curve=(70 + seed + own,),
                           flags=flags if method == 'none' else f'{flags} --method {method}')
     return [tmp_path / condition / 'table' for condition in ('few', 'wrong')]
 
