@@ -12,10 +12,10 @@
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
 # ldam logit_adjustment smoothing mixup cutout dropout flooding, and amp-late, which begins when 0.7 of the training is
 # behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and
-# LAYERS of Large Margin, for another --arch; COMBINATIONS of METHODS for the table, such as amp+dma, each with what it
-# chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table);
-# TRIALS, the folder of trials that were made before, and then none is made; PYTHON. More in run.sh; with LIST=1 the
-# trials are listed first, and when they are finished the runs of the table.
+# LAYERS of Large Margin, for another --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that
+# have TRIALS, each with what it chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials,
+# the table below OUT/table); TRIALS, the folder of trials that were made before, and then none is made; PYTHON. More in
+# run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
@@ -28,7 +28,7 @@ SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface ldam logit_adjustment \
     smoothing mixup cutout dropout flooding
-COMBINATIONS=${COMBINATIONS//+/ } only COMBINATIONS $METHODS
+[ "${TRIALS:-}" ] || COMBINATIONS=${COMBINATIONS//+/ } only COMBINATIONS $METHODS
 
 # Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
 recipe="--dataset $DATASET --arch lenet --train-fraction $FRACTION --epochs $EPOCHS --test-every $EPOCHS
