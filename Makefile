@@ -1,6 +1,6 @@
 # make demo   train ResNet-20 with DMA on the bundled digits, about two minutes on two cores
 # make test   the test suite
-# make results   the tables and pictures of docs/results.md, from the runs in results/
+# make results   the tables and pictures of docs/results.md, docs/tables.md and docs/mechanisms.md, from the runs in results/
 # make figures   the small figures of README's methods, from the measurements in results/figures/
 # make scripts-check   every run of scripts/ for one epoch of digits, half an hour or more on two cores
 # All set up .venv first; PYTHON=python3.12 picks another interpreter for it.
@@ -14,7 +14,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 results: .venv/installed
-	.venv/bin/python scripts/results.py docs/results.md
+	.venv/bin/python scripts/results.py docs/results.md docs/tables.md docs/mechanisms.md
 
 figures: .venv/installed
 	mkdir -p docs/figures

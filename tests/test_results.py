@@ -126,10 +126,12 @@ def test_the_script_keeps_a_run_named_from_anywhere(tmp_path):
 
 # What is printed
 
-def test_every_table_of_the_document_is_what_the_runs_say(results, monkeypatch, capsys):
+@pytest.mark.parametrize('name', ['results', 'tables', 'mechanisms'])
+def test_every_table_of_a_document_is_what_the_runs_say(name, results, monkeypatch, capsys):
     """In this process, as importing PyTorch takes most of the time of a command."""
     monkeypatch.chdir(ROOT)
-    tables = results.tables((ROOT / 'docs/results.md').read_text(encoding='utf-8'))
+    assert f'docs/{name}.md' in (ROOT / 'Makefile').read_text()
+    tables = results.tables((ROOT / f'docs/{name}.md').read_text(encoding='utf-8'))
     assert len(tables) >= 4
     for words, shown in tables:
         module = choose if words[0] == '-m' else compare
