@@ -11,7 +11,7 @@ import csv
 import os
 import sys
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
 from utils.files import drawn, save_figure
 from utils.flags import Parser, file_path
 from utils.lab import statistics
@@ -41,7 +41,8 @@ def parse_arguments():
                         help='a row for each DIR, such as a condition, and a column for each folder in it, such as a '
                              'method; p-values are corrected within a row')
     parser.add_argument('--baseline', metavar='FLAGS',
-                        help='compare with this row, such as "(none)" (each row with its own flags without a method)')
+                        help='compare with this row, such as "(none)" (each row with its own flags without a method); '
+                             'with --grid a column (none)')
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--markdown', action='store_true', help='print a Markdown table')
     group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
@@ -81,7 +82,7 @@ def main():
         print(*others, sep='\n', file=notes, flush=True)
         raise UserError(f'none of the {len(others)} runs can be compared, as none is finished')
     if args.grid:
-        rows = rows_of_grid(args, runs, flags)
+        rows = rows_of_grid(args, runs, flags, others)
         print(*in_columns(cells_of_grid(args, rows), args.markdown), sep='\n', end='\n\n')
         print(*explained_grid(args, runs, rows), sep=between, end=between)
     else:
@@ -110,22 +111,33 @@ def compare(args, runs, flags, between):
         plot(args.plot, settings, names, shared)
 
 
-def rows_of_grid(args, runs, flags):
-    """Each folder of the command line that has runs -> {the name of a folder in it: what `summarise` tells of it}."""
-    rows = {}
-    for folder in args.folders:
-        beginning = os.path.join(os.path.normpath(folder), '')
-        own = [one for one in runs if one.folder.startswith(beginning)]
-        if not own:
+def rows_of_grid(args, runs, flags, others):
+    """Each folder of the command line that has runs -> {the name of a folder in it: what `summarise` tells of it}.
+
+    others: lines about what is left out, to which this adds.
+    """
+    rows, wanted = {}, args.baseline or 'none'
+    for folder in dict.fromkeys(map(os.path.normpath, args.folders)):
+        settings = in_order([one for one in runs if one.folder.startswith(os.path.join(folder, ''))], flags)
+        if not settings:
+            others.append(shown(f'left out: {folder} (it is a run, its runs are not finished, or another folder has '
+                                'the same)'))
             continue
-        settings = in_order(own, flags)
-        _, names, differing = name_settings([each[0].setting for each in settings], flags)
-        baselines = find_baselines(args.baseline or '(none)', settings, names, differing, flags)
-        columns = [each[0].folder.removeprefix(beginning).split(os.sep)[0] for each in settings]
+        places = [{os.path.relpath(one.folder, folder).split(os.sep)[0] for one in own} for own in settings]
+        columns = [min(names) for names in places]
         if repeated := [name for name, times in collections.Counter(columns).items() if times > 1]:
             raise UserError(f'{os.path.join(folder, repeated[0])} holds runs with different flags, and --grid has one '
                             'cell for them; compare.py without --grid shows them')
-        rows[folder] = dict(zip(columns, summarise(settings, names, baselines, args)))
+        if several := [sorted(names) for names in places if len(names) > 1]:
+            raise UserError(f'{several[0][0]} and {several[0][1]} in {folder} hold runs with the same flags; --grid '
+                            'needs folders that hold one folder for each method, and in it one run for each seed')
+        plain = dict(zip(columns, settings)).get(wanted)
+        baselines = [None if own is plain else plain for own in settings]
+        rows[folder] = dict(zip(columns, summarise(settings, columns, baselines, args)))
+    if not any(wanted in row for row in rows.values()):
+        known = ' '.join(dict.fromkeys(column for row in rows.values() for column in row))
+        raise UserError(f'no folder has a folder {wanted} to compare with; --baseline can be one of: {known}'
+                        if known else 'no folder has a folder for each method, as --grid needs')
     return rows
 
 
@@ -142,16 +154,19 @@ def cells_of_grid(args, rows):
 
 def explained_grid(args, runs, rows):
     """What the cells are, in sentences."""
+    metric, wanted = next(iter(args.metrics.values())), args.baseline or 'none'
     yield next(explained(args, runs, []))
-    yield (f'A cell: the verdict; the mean difference to `{args.baseline or "(none)"}` over the seeds that both have, '
-           'with a 95% BCa bootstrap interval; then the result itself. Better or worse: the interval excludes 0, and p '
-           'is at most 0.05, two-sided, among all changes of the signs of these differences, corrected for the cells '
-           'of the row (Holm).')
+    yield (f'A cell: verdict, mean difference to `{wanted}` over the seeds that both have, with its 95% BCa bootstrap '
+           f'interval; after the semicolon the result. {metric.higher.capitalize()} or {metric.lower}: the interval '
+           'excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these differences, '
+           'corrected for the cells of the row (Holm).')
     for label, row in zip(without_shared_parts(list(rows)), rows.values()):
         pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
-        if pairs and (needed := statistics.fewest_pairs(len(pairs))) > max(pairs):
-            yield (f'{label}: with {max(pairs)} seeds nothing can be shown in a row of {len(pairs)}, however large the '
-                   f'difference; it takes {needed}.')
+        if wanted not in row:
+            yield f'{label}: has no `{wanted}`, so nothing is compared.'
+        elif needed := statistics.needed(pairs):
+            yield (f'{label}: {max(pairs)} shared seed{"s" * (max(pairs) > 1)} cannot show anything in {len(pairs)} '
+                   f'comparison{"s" * (len(pairs) > 1)}, however large the difference; it takes {needed}.')
 
 
 def without_shared_parts(paths):
@@ -163,7 +178,7 @@ def without_shared_parts(paths):
             break
         for each in parts:
             each.pop(end)
-    return [os.path.join(*each) for each in parts]
+    return [shown(os.sep.join(each)) for each in parts]
 
 
 def as_cell(row, args, form):
@@ -172,14 +187,17 @@ def as_cell(row, args, form):
     value, verdict = as_text(row[metric.column], form), row['verdict']
     if verdict is None:
         return value
+    if row['paired difference'] is None:
+        return f'{TOO_FEW}; {value}'
     word = f'**{verdict}**' if args.markdown and verdict in (metric.higher, metric.lower) else verdict
-    return f'{word} {as_text(row["paired difference"], f"+{form}")}; {value}'.strip()
+    return f'{word} {as_text(row["paired difference"], f"+{form}")}; {value}'
 
 
 def in_columns(lines, markdown):
     """Lines of cells as text: a Markdown table, or columns of one width, the first line being the header."""
     lines = list(lines)
     if markdown:
+        lines = [[cell.replace('|', '\\|') for cell in line] for line in lines]
         return [f'| {" | ".join(line)} |' for line in (lines[0], ['---'] * len(lines[0]), *lines[1:])]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ['   '.join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -204,7 +222,7 @@ def columns_of(args):
 def print_table(rows, columns, shared, markdown):
     cells = [[as_text(row[column], form) for column, form in columns.items()] for row in rows]
     if markdown:
-        cells = [['`' + row[0].replace('|', '\\|') + '`', *row[1:]] for row in cells]
+        cells = [[f'`{row[0]}`', *row[1:]] for row in cells]
         shared = f'`{shared}`'
     print(f'all: {shared}\n', *in_columns([list(columns), *cells], markdown), sep='\n', end='\n\n')
 
@@ -234,7 +252,7 @@ def explained(args, runs, rows):
            'have, with a 95% BCa bootstrap interval; p: two-sided, among all changes of the signs of these '
            'differences, corrected for the rows of the table (Holm); verdict: where the second interval excludes 0 '
            'and p is at most 0.05.')
-    if (needed := statistics.fewest_pairs(len(compared))) > max(compared):
+    if needed := statistics.needed(compared):
         yield (f'With {max(compared)} seeds that both have, nothing can be shown for {len(compared)} '
                f'row{"s" * (len(compared) > 1)}, however large the difference; it takes {needed} seeds.')
 

@@ -14,8 +14,8 @@
 # behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and
 # LAYERS of Large Margin, for another --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that
 # have TRIALS, each with what it chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials,
-# the table below OUT/table); TRIALS, the folder of trials that were made before, and then none is made; PYTHON. More in
-# run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+# the table below OUT/table); TRIALS, the folder of trials that were made before with the same flags, and then none
+# is made; PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
@@ -28,6 +28,15 @@ SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface ldam logit_adjustment \
     smoothing mixup cutout dropout flooding
+for combination in $COMBINATIONS; do
+    case +$combination+ in
+        *+amp-late+*) problem="amp-late, as --method-start would delay the other methods too" ;;
+        *+*+*+*) continue ;;
+        *) problem="one method, which is for METHODS" ;;
+    esac
+    echo "error: COMBINATIONS are of several methods, such as amp+dma; $combination is $problem" >&2
+    exit 2
+done
 [ "${TRIALS:-}" ] || COMBINATIONS=${COMBINATIONS//+/ } only COMBINATIONS $METHODS
 
 # Large Margin needs --clip-norm, so all runs have it. The test is the last epoch's: the best epoch is never chosen.
@@ -92,7 +101,7 @@ chosen() {  # the trial of method $1 that is best on the validation images
     while read -r trial; do
         [ "$(name "$trial")" != "$best" ] || { echo "$trial"; return; }
     done < <(grid "$1")
-    echo "error: the best trial of $1 is $best, which is none of this script's" >&2
+    echo "error: the best trial of $1 is $best, which is none of this search: give the LRS that its trials had" >&2
     exit 1
 }
 

@@ -162,15 +162,36 @@ def test_a_grid_has_conditions_as_rows_and_methods_as_columns(conditions, monkey
 
 
 def test_a_grid_tells_of_too_few_seeds_and_has_one_setting_in_a_cell(conditions, monkeypatch, capsys):
-    for seed in range(2, 7):
+    for seed in range(1, 7):
         shutil.rmtree(conditions[1] / f'dma/seed{seed}')
     call(monkeypatch, *conditions, '--grid')
     printed = capsys.readouterr().out
-    assert 'wrong: with 2 seeds nothing can be shown in a row of 1,' in printed and 'few: with' not in printed
-    assert printed.splitlines()[2].split()[:2] == ['wrong', '2-7']
+    assert 'wrong: 1 shared seed cannot show anything in 1 comparison, however' in printed and 'few: ' not in printed
+    assert re.search(r'^wrong +1-7 +73.00 \+- 2.16 +too few seeds; 68.00$', printed, re.MULTILINE)
     write_run(conditions[0] / 'dma' / 'other', '--train-fraction 0.1 --method dma --dma-coef 3', curve=(50.0,))
     with pytest.raises(UserError, match='dma holds runs with different flags, and --grid has one cell for them'):
         call(monkeypatch, *conditions, '--grid')
+
+
+def test_the_baseline_of_a_grid_is_a_column_and_no_other_takes_its_place(conditions, monkeypatch, capsys):
+    call(monkeypatch, *conditions, '--grid', '--markdown', '--baseline', 'amp')
+    few, wrong = capsys.readouterr().out.splitlines()[2:4]
+    assert few.startswith('| few | 7 | not shown -0.14 [') and few.endswith(f' | 73.14 +- {deviation([s + (-1) ** s for s in range(7)]):.2f} |')
+    assert wrong == '| wrong | 7 | 73.00 +- 2.16 | 71.03 +- 2.18 |  |'
+    call(monkeypatch, *conditions, '--grid', '--baseline', 'amp')
+    assert 'wrong: has no `amp`, so nothing is compared.' in capsys.readouterr().out
+    with pytest.raises(UserError, match='no folder has a folder sam to compare with; --baseline can be one of: none'):
+        call(monkeypatch, *conditions, '--grid', '--baseline', 'sam')
+
+
+def test_a_grid_of_folders_at_the_wrong_depth_is_refused(conditions, monkeypatch, capsys):
+    with pytest.raises(UserError, match='seed0 and seed1 in .*/few/table/(dma|none) hold runs with the same flags'):
+        call(monkeypatch, *(conditions[0] / name for name in ('none', 'dma')), '--grid')
+    with pytest.raises(UserError, match='no folder has a folder for each method'):
+        call(monkeypatch, conditions[0] / 'none/seed1', '--grid')
+    call(monkeypatch, conditions[1], f'{conditions[1]}/', conditions[0] / 'none/seed1', '--grid')
+    printed = capsys.readouterr().out
+    assert len(re.findall('73.00', printed)) == 1 and f'left out: {conditions[0]}/none/seed1 (it is a run' in printed
 
 
 def test_runs_that_were_tested_once_are_drawn_as_intervals(tmp_path, monkeypatch):

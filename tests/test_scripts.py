@@ -330,7 +330,10 @@ def test_combinations_take_what_each_method_chose_alone_in_trials_of_before(stag
                      'smoothing+dma': '--method dma --label-smoothing 0.5 --dma-coef 0.3'}
     result, _ = stage.call('search.sh', LIST='1', **{**variables, 'COMBINATIONS': 'amp+sam'})
     assert result.returncode == 2
-    assert result.stderr == ('error: COMBINATIONS can be one or several of: dma amp smoothing; was given sam\n')
+    assert result.stderr == 'error: COMBINATIONS can be one or several of: dma amp smoothing; was given sam\n'
+    for combination, words in (('amp-late+dma', 'amp-late, as --method-start'), ('amp', 'one method, which is for')):
+        result, _ = stage.call('search.sh', LIST='1', **{**variables, 'COMBINATIONS': combination})
+        assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
 
 def test_every_method_has_as_many_trials(stage):

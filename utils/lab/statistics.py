@@ -88,6 +88,13 @@ def verdict(interval, p, above, below):
     return above if interval.low > 0 else below
 
 
+def needed(pairs):
+    """None if so many pairs of each method can show something, otherwise how many of each can."""
+    tested = [number for number in pairs if number >= FEWEST_FOR_P] or pairs  # the others have no p to correct for
+    fewest = fewest_pairs(len(tested))
+    return fewest if fewest > max(tested, default=fewest) else None
+
+
 def fewest_pairs(methods):
     """How many pairs can show anything among so many methods: the least n with methods * 2 / 2^n <= 5%."""
     pairs = FEWEST_FOR_P
