@@ -15,7 +15,8 @@
 # LAYERS of Large Margin, for another --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that
 # have TRIALS, each with what it chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials,
 # the table below OUT/table); TRIALS, the folder of trials that were made before with the same flags, and then none
-# is made; PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+# is made; PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the
+# table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
