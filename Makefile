@@ -1,6 +1,6 @@
 # make demo   train ResNet-20 with DMA on the bundled digits, about two minutes on two cores
 # make test   the test suite
-# make results   the tables and pictures of docs/results.md, docs/tables.md and docs/mechanisms.md, from the runs in results/
+# make results   the tables and pictures of docs/, from the runs in results/
 # make figures   the small figures of README's methods, from the measurements in results/figures/
 # make scripts-check   every run of scripts/ for one epoch of digits, half an hour or more on two cores
 # All set up .venv first; PYTHON=python3.12 picks another interpreter for it.

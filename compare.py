@@ -61,6 +61,8 @@ def parse_arguments():
         parser.error(f'--error turns accuracies around, and --metric {" ".join(names)} names none')
     if args.grid and (len(args.metrics) > 1 or args.csv or args.plot):
         parser.error('--grid has one number in each cell: one --metric or --measured, and neither --csv nor --plot')
+    if args.grid and args.baseline is None:
+        args.baseline = 'none'
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
         parser.error(f'--plot must end in .png or .pdf, was given {args.plot}')
     if args.plot and not os.path.isdir(os.path.dirname(args.plot) or '.'):
@@ -83,7 +85,7 @@ def main():
         raise UserError(f'none of the {len(others)} runs can be compared, as none is finished')
     if args.grid:
         rows = rows_of_grid(args, runs, flags, others)
-        print(*in_columns(cells_of_grid(args, rows), args.markdown), sep='\n', end='\n\n')
+        print(*in_columns(list(cells_of_grid(args, rows)), args.markdown), sep='\n', end='\n\n')
         print(*explained_grid(args, runs, rows), sep=between, end=between)
     else:
         compare(args, runs, flags, between)
@@ -112,11 +114,11 @@ def compare(args, runs, flags, between):
 
 
 def rows_of_grid(args, runs, flags, others):
-    """Each folder of the command line that has runs -> {the name of a folder in it: what `summarise` tells of it}.
+    """A name for each folder of the command line that has runs -> {the name of a folder in it: its row of `summarise`}.
 
     others: lines about what is left out, to which this adds.
     """
-    rows, wanted = {}, args.baseline or 'none'
+    rows = {}
     for folder in dict.fromkeys(map(os.path.normpath, args.folders)):
         settings = in_order([one for one in runs if one.folder.startswith(os.path.join(folder, ''))], flags)
         if not settings:
@@ -131,14 +133,14 @@ def rows_of_grid(args, runs, flags, others):
         if several := [sorted(names) for names in places if len(names) > 1]:
             raise UserError(f'{several[0][0]} and {several[0][1]} in {folder} hold runs with the same flags; --grid '
                             'needs folders that hold one folder for each method, and in it one run for each seed')
-        plain = dict(zip(columns, settings)).get(wanted)
+        plain = dict(zip(columns, settings)).get(args.baseline)
         baselines = [None if own is plain else plain for own in settings]
         rows[folder] = dict(zip(columns, summarise(settings, columns, baselines, args)))
-    if not any(wanted in row for row in rows.values()):
+    if not any(args.baseline in row for row in rows.values()):
         known = ' '.join(dict.fromkeys(column for row in rows.values() for column in row))
-        raise UserError(f'no folder has a folder {wanted} to compare with; --baseline can be one of: {known}'
+        raise UserError(f'no folder has a folder {args.baseline} to compare with; --baseline can be one of: {known}'
                         if known else 'no folder has a folder for each method, as --grid needs')
-    return rows
+    return dict(zip(without_shared_parts(list(rows)), rows.values()))
 
 
 def cells_of_grid(args, rows):
@@ -146,7 +148,7 @@ def cells_of_grid(args, rows):
     form = next(iter(args.metrics.values())).form
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     yield ['condition', 'n', *columns]
-    for label, row in zip(without_shared_parts(list(rows)), rows.values()):
+    for label, row in rows.items():
         seeds = {min(cell['n'] for cell in row.values()), max(cell['n'] for cell in row.values())}
         yield [label, '-'.join(map(str, sorted(seeds))),
                *(as_cell(row[name], args, form) if name in row else '' for name in columns)]
@@ -154,16 +156,16 @@ def cells_of_grid(args, rows):
 
 def explained_grid(args, runs, rows):
     """What the cells are, in sentences."""
-    metric, wanted = next(iter(args.metrics.values())), args.baseline or 'none'
+    metric = next(iter(args.metrics.values()))
     yield next(explained(args, runs, []))
-    yield (f'A cell: verdict, mean difference to `{wanted}` over the seeds that both have, with its 95% BCa bootstrap '
-           f'interval; after the semicolon the result. {metric.higher.capitalize()} or {metric.lower}: the interval '
-           'excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these differences, '
+    yield (f'A cell: verdict, mean difference to `{args.baseline}` over the seeds that both have, with its 95% BCa '
+           f'bootstrap interval; after the semicolon the result. {metric.higher.capitalize()} or {metric.lower}: the '
+           'interval excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these differences, '
            'corrected for the cells of the row (Holm).')
-    for label, row in zip(without_shared_parts(list(rows)), rows.values()):
+    for label, row in rows.items():
         pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
-        if wanted not in row:
-            yield f'{label}: has no `{wanted}`, so nothing is compared.'
+        if args.baseline not in row:
+            yield f'{label}: has no `{args.baseline}`, so nothing is compared.'
         elif needed := statistics.needed(pairs):
             yield (f'{label}: {max(pairs)} shared seed{"s" * (max(pairs) > 1)} cannot show anything in {len(pairs)} '
                    f'comparison{"s" * (len(pairs) > 1)}, however large the difference; it takes {needed}.')
@@ -195,7 +197,6 @@ def as_cell(row, args, form):
 
 def in_columns(lines, markdown):
     """Lines of cells as text: a Markdown table, or columns of one width, the first line being the header."""
-    lines = list(lines)
     if markdown:
         lines = [[cell.replace('|', '\\|') for cell in line] for line in lines]
         return [f'| {" | ".join(line)} |' for line in (lines[0], ['---'] * len(lines[0]), *lines[1:])]

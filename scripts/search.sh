@@ -96,40 +96,43 @@ try() {  # add the trials of methods $2... with the flags $1 for each of them
     done
 }
 
-chosen() {  # the trial of method $1 that is best on the validation images
-    local best trial
+choose() {  # trial: that of method $1 which is best on the validation images; found once
+    local best choice=choice_${1//-/_}
+    trial=${!choice:-}
+    [ -z "$trial" ] || return 0
     best=$("$PYTHON" -m utils.lab.choose "${TRIALS:-$OUT/trials}/$1") || exit 1
     while read -r trial; do
-        [ "$(name "$trial")" != "$best" ] || { echo "$trial"; return; }
+        [ "$(name "$trial")" != "$best" ] || { printf -v "$choice" %s "$trial"; return; }
     done < <(grid "$1")
     echo "error: the best trial of $1 is $best, which is none of this search: give the LRS that its trials had" >&2
     exit 1
 }
 
-together() {  # the chosen flags of the methods that + joins in $1
-    local methods= others= part trial words
+combine() {  # combined: the chosen flags of the methods that + joins in $1
+    local methods= others= part words
     for part in ${1//+/ }; do
-        trial=$(chosen "$part") || exit 1
+        choose "$part"
         words=($(flags "$part" "$trial"))
         [ "${words[0]}" != --method ] || { methods+=" ${words[1]}"; words=("${words[@]:2}"); }
         others+=" ${words[*]}"
     done
-    others="${methods:+ --method$methods}$others"
-    echo "${others# }"
+    combined="${methods:+ --method$methods}$others"
+    combined=${combined# }
 }
 
 given=("$@")
 try "" none
 run_all
-plain=$(chosen none) || exit 1
+choose none
+plain=$trial
 try "$plain" $METHODS
 run_all
 for method in none $METHODS $COMBINATIONS; do
-    words=$(together "$method") || exit 1
-    say "chosen: $method $words"
+    combine "$method"
+    say "chosen: $method $combined"
     [ "$method" = none ] && common= || common=$plain
     for seed in $SEEDS; do
-        run "$OUT/table/$method/seed$seed" $recipe $common $words --manualSeed "$seed" "${given[@]}"
+        run "$OUT/table/$method/seed$seed" $recipe $common $combined --manualSeed "$seed" "${given[@]}"
     done
 done
 OUT=$OUT/table
