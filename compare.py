@@ -160,8 +160,8 @@ def explained_grid(args, runs, rows):
     yield next(explained(args, runs, []))
     yield (f'A cell: verdict, mean difference to `{args.baseline}` over the seeds that both have, with its 95% BCa '
            f'bootstrap interval; after the semicolon the result. {metric.higher.capitalize()} or {metric.lower}: the '
-           'interval excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these differences, '
-           'corrected for the cells of the row (Holm).')
+           'interval excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these '
+           'differences, corrected for the cells of the row (Holm).')
     for label, row in rows.items():
         pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
         if args.baseline not in row:
