@@ -9,14 +9,14 @@
 #   scripts/search.sh [flags for every run]
 #   DATASET=digits FRACTION=0.5 METHODS="none dma" EPOCHS=2 TRIAL_SEEDS=101 SEEDS="1 2" scripts/search.sh
 #
-# From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam arcface
-# ldam logit_adjustment smoothing mixup cutout dropout flooding, and amp-late, which begins when 0.7 of the training is
-# behind; FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and
-# LAYERS of Large Margin, for another --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that
-# have TRIALS, each with what it chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials,
-# the table below OUT/table); TRIALS, the folder of trials that were made before with the same flags, and then none
-# is made; PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the
-# table.
+# From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam
+# arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding; amp-late, which begins when 0.7 of the
+# training is behind; smoothout-filter, whose noise goes by the length of a filter; FRACTION of the training set,
+# after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and LAYERS of Large Margin, for another
+# --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that have TRIALS, each with what it chose
+# alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); TRIALS,
+# the folder of trials that were made before with the same flags, and then none is made; PYTHON. More in run.sh; with
+# LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
@@ -27,8 +27,8 @@ LRS=${LRS:-0.02 0.05 0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
-only METHODS dma lsoftmax amp amp-late smoothout large_margin sam momentum-sam arcface ldam logit_adjustment \
-    smoothing mixup cutout dropout flooding
+only METHODS dma lsoftmax amp amp-late smoothout smoothout-filter large_margin sam momentum-sam arcface ldam \
+    logit_adjustment hinge smoothing mixup cutout dropout flooding
 for combination in $COMBINATIONS; do
     case +$combination+ in
         *+amp-late+*) problem="amp-late, as --method-start would delay the other methods too" ;;
@@ -52,6 +52,7 @@ grid() {  # the trials of method $1, one a line
         lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 5 2 1 2 0 4 5 4 1 4 0 ;;
         amp|amp-late) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         smoothout) printf -- '--ss %s\n' 0.002 0.005 0.01 0.02 0.05 0.1 ;;
+        smoothout-filter) printf -- '--ss %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         large_margin) printf -- "--large-margin-gamma %s --large-margin-coef %s\n" 5 0.1 5 0.3 5 1 \
                                 10000 0.1 10000 0.3 10000 1 ;;
         sam) printf -- '--rho %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
@@ -59,6 +60,9 @@ grid() {  # the trials of method $1, one a line
         arcface) printf -- '--scale %s --angular-margin %s\n' 10 0 10 0.2 10 0.5 30 0 30 0.2 30 0.5 ;;
         ldam) printf -- '--max-margin %s --deferred %s\n' 0.2 0.8 0.5 0.8 0.8 0.8 0.2 1 0.5 1 0.8 1 ;;
         logit_adjustment) printf -- '--tau %s\n' 0.25 0.5 0.75 1 1.5 2 ;;
+        hinge) for wd in 0.0005 0.005; do
+                   printf -- "--hinge %s --wd $wd\n" one-vs-all crammer-singer weston-watkins
+               done ;;
         smoothing) printf -- '--label-smoothing %s\n' 0.05 0.1 0.2 0.3 0.5 0.7 ;;
         mixup) printf -- '--mixup %s\n' 0.1 0.2 0.5 1 2 4 ;;
         cutout) printf -- '--cutout %s\n' 2 4 8 12 16 20 ;;
@@ -71,6 +75,7 @@ flags() {  # the flags of a trial $2 of method $1
     case $1 in
         none|smoothing|mixup|cutout|dropout|flooding) echo "$2" ;;
         amp-late) echo "--method amp --method-start 0.7 $2" ;;
+        smoothout-filter) echo "--method smoothout --adapt-type filter $2" ;;
         momentum-sam) echo "--method sam --direction momentum $2" ;;
         large_margin) echo "--method large_margin $layers $2" ;;
         *) echo "--method $1 $2" ;;
