@@ -3,8 +3,8 @@
     python benchmarks/sharpness.py                       ResNet-20, 1000 images, about three minutes on two cores
 
 1. Points per second of visualize_sharpness.py, each with weights of its own and a row in the table, over a bare
-evaluation of the
-   same data: batches that never leave the device and are already normalised, loss and accuracy added up.
+   evaluation of the same data: batches that never leave the device and are already normalised, loss and accuracy
+   added up.
 2. The same for gradients, as measure_sharpness.py needs them, over a bare forward and backward pass.
 
 Every round times all four, one after the other; a ratio is taken within a round, and the median of the rounds is

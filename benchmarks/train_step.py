@@ -3,8 +3,8 @@
     python benchmarks/train_step.py                      ResNet-20, batch 128, about five minutes on two cores
 
 1. An epoch of cifar.py over a bare loop: forward, backward and optimizer step on one batch that never leaves the
-device. 2. Images per second of cifar.py, in float32 and in bf16, over the usual pipeline: PIL images through
-torchvision's
+   device.
+2. Images per second of cifar.py, in float32 and in bf16, over the usual pipeline: PIL images through torchvision's
    transforms in a DataLoader with workers, float32, contiguous, loss and accuracy read at every step.
 
 Every round times all four, one after the other; a ratio is taken within a round, and the median of the rounds is

@@ -10,17 +10,16 @@ needs, each of which takes as many of its arguments as it names:
                                processes. `model.in_features` and `model.num_classes` are the sizes of the classifier;
                                class_counts, which a module cannot have, as the network is built before the data are
                                read, lists how many training images each class has.
-    optimizer(args, model, steps_per_epoch) -> (params, lr, **options) -> optimizer, used instead of torch.optim.SGD;
-    where
-                               --optimizer names another class than SGD, the options have it as base_optimizer
+    optimizer(args, model, steps_per_epoch)
+                            -> (params, lr, **options) -> optimizer, used instead of torch.optim.SGD; where --optimizer
+                               names another class than SGD, the options have it as base_optimizer
 and, where it needs them:
     layers(args)                   -> names of what its loss term gets as activations: modules, whose outputs they are,
                                       `input`, the images, or `features`, what goes into the head, in every architecture
     cross_entropy_weight(args)     -> the weight of the cross-entropy together with its loss term; by default 1, several
                                       are multiplied
     parameter_groups(args, model)  -> [{'params': [...], 'lr': ...}, ...]: options of their own for some parameters of
-    the
-                                      model; the schedule multiplies their rates as it multiplies all others
+                                      the model; the schedule multiplies their rates as it multiplies all others
     DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
     STRENGTH = the name of the option of its optimizer's parameter groups that --method-start and --method-ramp scale
     strength(args)                 -> 0 where its head has no margin that these two could scale
@@ -38,9 +37,8 @@ A head that trains on other logits than it predicts with has `without_margin(log
 need the gradient of all processes.
 
 A head, or a loss term that is a module, with `after_step()` is told of every optimizer step. Among several processes
-it runs
-in each of them, and must leave the same values in all: it may use its parameters, its buffers and the count of steps,
-as they are the same everywhere. It may not use what was computed from this process's images, unless
+it runs in each of them, and must leave the same values in all: it may use its parameters, its buffers and the count of
+steps, as they are the same everywhere. It may not use what was computed from this process's images, unless
 torch.distributed.all_reduce has made it that of all, nor random numbers, files or the clock. The same holds for
 buffers that `forward` changes.
 
