@@ -12,14 +12,13 @@ import os
 import sys
 
 from utils.errors import UserError, shown
-from utils.files import drawn, save_figure
 from utils.flags import Parser, file_path
 from utils.lab import statistics
 from utils.lab.measured import STATISTICS, add_measured, of_measured
 from utils.lab.rows import (TOO_FEW, Spread, find_baselines, in_order, name_settings, prefix, summarise,
                             with_metrics)
 from utils.lab.runs import ENVIRONMENT, METRICS, Flags, find_runs, read_runs, script_of
-from utils.metrics import plus_minus, spread
+from utils.metrics import plus_minus
 from utils.script import run_script
 
 
@@ -48,8 +47,8 @@ def parse_arguments():
     group.add_argument('--csv', action='store_true', help='print CSV with every digit; what is said below it goes to '
                                                           'stderr')
     parser.add_argument('--plot', type=file_path, metavar='FILE',
-                        help='draw into a .png or .pdf: top-1 accuracy over epochs, or of runs that were tested once '
-                             'the differences with their intervals')
+                        help='draw into a .png or .pdf: top-1 accuracy over epochs, of runs that were tested once the '
+                             'differences with their intervals, or with --grid the grid, in colours')
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
@@ -59,8 +58,8 @@ def parse_arguments():
     args.metrics = {name: METRICS[name] if name in METRICS else of_measured(name, args.statistic) for name in names}
     if args.error and not any(metric.accuracy for metric in args.metrics.values()):
         parser.error(f'--error turns accuracies around, and --metric {" ".join(names)} names none')
-    if args.grid and (len(args.metrics) > 1 or args.csv or args.plot):
-        parser.error('--grid has one number in each cell: one --metric or --measured, and neither --csv nor --plot')
+    if args.grid and (len(args.metrics) > 1 or args.csv):
+        parser.error('--grid has one number in each cell: one --metric or --measured, and no --csv')
     if args.grid and args.baseline is None:
         args.baseline = 'none'
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
@@ -87,6 +86,10 @@ def main():
         rows = rows_of_grid(args, runs, flags, others)
         print(*in_columns(list(cells_of_grid(args, rows)), args.markdown), sep='\n', end='\n\n')
         print(*explained_grid(args, runs, rows), sep=between, end=between)
+        if args.plot:
+            from utils.lab import plots
+
+            plots.grid(args.plot, rows, columns_of_grid(rows), args)
     else:
         compare(args, runs, flags, between)
     used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
@@ -107,10 +110,13 @@ def compare(args, runs, flags, between):
     else:
         print_table(rows, columns, shared, args.markdown)
         print(*explained(args, runs, rows), sep=between, end=between)
-    if args.plot and all(len(one.curve) == 1 for one in runs):
-        plot_differences(args, rows)
-    elif args.plot:
-        plot(args.plot, settings, names, shared)
+    if args.plot:
+        from utils.lab import plots
+
+        if all(len(one.curve) == 1 for one in runs):
+            plots.differences(args.plot, rows, args)
+        else:
+            plots.curves(args.plot, settings, names, shared)
 
 
 def rows_of_grid(args, runs, flags, others):
@@ -146,12 +152,16 @@ def rows_of_grid(args, runs, flags, others):
 def cells_of_grid(args, rows):
     """Lines of words, the header first: a condition, its numbers of seeds, its cells."""
     form = next(iter(args.metrics.values())).form
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    columns = columns_of_grid(rows)
     yield ['condition', 'n', *columns]
     for label, row in rows.items():
         seeds = {min(cell['n'] for cell in row.values()), max(cell['n'] for cell in row.values())}
         yield [label, '-'.join(map(str, sorted(seeds))),
                *(as_cell(row[name], args, form) if name in row else '' for name in columns)]
+
+
+def columns_of_grid(rows):
+    return list(dict.fromkeys(column for row in rows.values() for column in row))
 
 
 def explained_grid(args, runs, rows):
@@ -270,55 +280,6 @@ def write_csv(rows, columns, shared):
             table[f'{column} {part}'.removesuffix(' ')] = values
     table = {name: values for name, values in table.items() if any(value is not None for value in values)}
     csv.writer(sys.stdout, lineterminator='\n').writerows([table, *zip(*table.values())])
-
-
-def plot(path, settings, names, shared):
-    """Draw the mean over seeds of top-1 against the epochs that all of them have, with a band of one standard
-    deviation.
-    """
-    from matplotlib.figure import Figure  # a second of import time that a table should not pay
-
-    figure = Figure(figsize=(9, 6), layout='constrained')
-    axes = figure.subplots()
-    for index, (name, runs) in enumerate(zip(names, settings)):
-        epochs = sorted(set.intersection(*(set(one.curve) for one in runs)))
-        means, deviations = zip(*(spread([one.curve[epoch] for one in runs]) for epoch in epochs))
-        line, = axes.plot(epochs, means, label=drawn(f'{name}, n = {len(runs)}'),
-                          marker='.' if len(epochs) < 30 else None,
-                          linestyle=('-', '--', ':', '-.')[index // 10 % 4])  # there are ten colours
-        if len(runs) > 1:
-            low, high = ([mean + sign * d for mean, d in zip(means, deviations)] for sign in (-1, 1))
-            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    parts = sorted({'validation' if own[0].chosen else 'test' for own in settings})
-    axes.set(xlabel='epoch', ylabel=f'{" or ".join(parts)} top-1 accuracy (%)')
-    axes.set_title(drawn(shared), fontsize='small', wrap=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', fontsize='small')
-    save_figure(figure, path)
-
-
-def plot_differences(args, rows):
-    """Draw each row's paired difference with its interval, one panel for each metric; filled where it is a verdict."""
-    from matplotlib.figure import Figure
-
-    compared = [row for row in rows if row['pairs'] is not None]
-    figure = Figure(figsize=(4 + 4 * len(args.metrics), 1.5 + 0.5 * len(compared)), layout='constrained')
-    panels = figure.subplots(1, len(args.metrics), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, args.metrics):
-        label = prefix(metric, args)
-        for height, row in enumerate(reversed(compared)):
-            if interval := row[f'{label}paired difference']:
-                mean, low, high = interval
-                filled = row[f'{label}verdict'] != 'not shown'
-                axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt='o', capsize=4, color='C0',
-                              markerfacecolor='C0' if filled else 'white')
-        axes.axvline(0, color='grey', linewidth=1)
-        names = [drawn(row['setting'][:50]) for row in reversed(compared)]
-        axes.set_yticks(range(len(compared)), names, fontsize='small')
-        axes.set_xlabel(f'difference in {args.metrics[metric].column}')
-        axes.grid(axis='x', alpha=0.3)
-    save_figure(figure, args.plot)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import cifar
 import compare
 from helpers import ENVIRONMENT, write_run
 from utils.errors import UserError
-from utils.lab import statistics
+from utils.lab import plots, statistics
 
 
 def call(monkeypatch, *words):
@@ -144,7 +144,8 @@ def conditions(tmp_path):
             gains = {'none': 0.0, 'dma': gain + 0.01 * seed, 'amp': (-1) ** seed}
             for method, own in list(gains.items())[:3 if condition == 'few' else 2]:
                 write_run(tmp_path / condition / 'table' / method / f'seed{seed}', seed=seed, curve=(70 + seed + own,),
-                          flags=flags if method == 'none' else f'{flags} --method {method}')
+                          flags=flags if method == 'none' else f'{flags} --method {method}',
+                          result={'test loss': 30 - seed - own})
     return [tmp_path / condition / 'table' for condition in ('few', 'wrong')]
 
 
@@ -159,6 +160,23 @@ def test_a_grid_has_conditions_as_rows_and_methods_as_columns(conditions, monkey
     assert amp.startswith('not shown +0.14 [')
     assert wrong.startswith('| wrong | 7 | 73.00 +- 2.16 | **worse** -1.97 [') and wrong.endswith(' |  |')
     assert 'for the cells of the row' in cells and environment.startswith('Commit ')
+
+
+@pytest.mark.parametrize('flags, sign', [('', 1), ('--error', -1), ('--metric loss', -1)])
+def test_a_grid_is_drawn_blue_where_it_is_better(conditions, monkeypatch, flags, sign):
+    figures = []
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
+    call(monkeypatch, *conditions, '--grid', '--plot', conditions[0] / 'grid.png', *flags.split())
+    axes, = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['few', 'wrong']
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['none', 'dma', 'amp']
+    numbers = {text.get_position(): float(text.get_text()) for text in axes.texts}
+    assert numbers == pytest.approx({(0, 0): 73 if sign > 0 else 27, (0, 1): 73 if sign > 0 else 27,
+                                     (1, 0): sign * 1.03, (1, 1): sign * -1.97, (2, 0): sign * 0.14}, abs=0.005)
+    colours = {tuple(patch.get_xy()[:4].mean(axis=0)): patch.get_facecolor()[:3] for patch in axes.patches}
+    assert len(colours) == 3
+    (red, _, blue), (worse_red, _, worse_blue), grey = colours[1, 0], colours[1, 1], colours[2, 0]
+    assert red < blue and worse_red > worse_blue and len(set(grey)) == 1
 
 
 def test_a_grid_tells_of_too_few_seeds_and_has_one_setting_in_a_cell(conditions, monkeypatch, capsys):
@@ -200,7 +218,7 @@ def test_runs_that_were_tested_once_are_drawn_as_intervals(tmp_path, monkeypatch
         for flags, value in (('', 50.0 + seed), ('--method amp', 51.0 + seed + 0.01 * seed)):
             write_run(tmp_path / f'{flags[9:]}{seed}', flags, seed=seed, curve=(value,), result={'test loss': value})
     figures = []
-    monkeypatch.setattr(compare, 'save_figure', lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
     call(monkeypatch, tmp_path, '--metric', 'top1', 'loss', '--plot', tmp_path / 'intervals.png')
     panels = figures[0].axes
     assert [axes.get_xlabel() for axes in panels] == ['difference in top-1', 'difference in loss']
