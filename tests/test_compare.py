@@ -13,7 +13,7 @@ import pytest
 
 import cifar
 import compare
-from helpers import ENVIRONMENT, write_run
+from helpers import write_run
 from utils.errors import UserError
 from utils.lab import plots, statistics
 
