@@ -249,6 +249,17 @@ def test_another_row_can_be_the_baseline(flags, metrics, table):
     assert rows['(none)']['paired difference mean'] == pytest.approx(-1)
 
 
+def test_none_is_the_only_row_without_a_method_whatever_its_flags(tmp_path, table):
+    for seed in (0, 1):
+        for flags, value in (('--wd 1e-3', 50.0), ('--method amp --wd 1e-3', 52.0), ('--method hinge --wd 1e-2', 49.0)):
+            write_run(tmp_path / f'{flags[-5:]}{len(flags)}-{seed}', flags, seed=seed, curve=(value + seed,))
+    rows, _ = table(tmp_path, '--baseline', '(none)')
+    assert [row['difference mean'] for row in rows.values()] == ['', 2, -1]
+    write_run(tmp_path / 'another', '--wd 3e-3', curve=(50.0,))
+    with pytest.raises(UserError, match=r"--baseline '\(none\)' fits no row"):
+        table(tmp_path, '--baseline', '(none)')
+
+
 def test_the_baseline_is_read_as_flags_are(tmp_path, table, monkeypatch):
     for seed, (flags, value) in enumerate([('', 1.0), ('--method dma --dma-coef 0.25', 3.0), ('--wd 1e-3', 4.0)] * 2):
         write_run(tmp_path / str(seed), flags, seed=seed // 3, curve=(value, value))
