@@ -164,18 +164,18 @@ def main():
             raise UserError(f'{view.subject.path} knows one class, and a margin is between two')
         if {'angles', 'collapse'} & set(args.measures):
             view.weight(NEED_WEIGHT)
-    batches = checkpoints.images_of(subjects[0], args.mode, args)
-    images, columns = {'mode': args.mode, **checkpoints.describe_images(batches)}, []
-    names = checkpoints.names_of([subject.path for subject in subjects])
+    names, columns, numbers = checkpoints.names_of([subject.path for subject in subjects]), [], []
     try:
-        for name, view, path in zip(names, views, paths):
-            view.batches = batches
+        for name, view, path, batches in zip(names, views, paths,
+                                             checkpoints.images_of_each(subjects, args.mode, args)):
+            view.batches, images = batches, {'mode': args.mode, **checkpoints.describe_images(batches)}
+            numbers.append(images['number'])
             columns.append(column_of(args, view, name, images, path))
             view.__dict__.pop('outputs', None)  # those of one checkpoint at a time
     except Stopped as stop:
         stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
         raise
-    print_table(args, images, names, columns)
+    print_table(args, numbers, names, columns)
     print('\ntables', *paths)
 
 
@@ -208,13 +208,13 @@ def text(value):
     return f'{spread} ({value["5%"]:.4g}, {value["median"]:.4g}){missing}'
 
 
-def print_table(args, images, names, columns):
+def print_table(args, numbers, names, columns):
     print(f'\n| {" | ".join(["", *names])} |', '| --- ' * (1 + len(names)) + '|', sep='\n')
     for what in dict.fromkeys(what for column in columns for what in column):
         print(f'| {" | ".join([what, *(column[what] for column in columns)])} |')
-    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over images, in '
-          'brackets are the 5% quantile and the median. Angles are in degrees, distances in units of the normalised '
-          'images.')
+    print(f'\n{checkpoints.how_many(numbers)} {args.mode} images, {args.precision}. +- is the standard deviation over '
+          'images, in brackets are the 5% quantile and the median. Angles are in degrees, distances in units of the '
+          'normalised images.')
 
 
 if __name__ == '__main__':

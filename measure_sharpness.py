@@ -233,11 +233,12 @@ def main():
     paths = [f'{checkpoints.stem(args, subject.path)}-sharpness.json' for subject in subjects]
     for path in paths:
         entries.read(path, cells)
-    batches = checkpoints.images_of(subjects[0], args.mode, args)
-    images = {'mode': args.mode, **checkpoints.describe_images(batches)}
-    rows = []
+    names, rows, numbers = checkpoints.names_of([subject.path for subject in subjects]), [], []
     try:
-        for name, subject, path in zip(checkpoints.names_of([subject.path for subject in subjects]), subjects, paths):
+        for name, subject, path, batches in zip(names, subjects, paths,
+                                                checkpoints.images_of_each(subjects, args.mode, args)):
+            images = {'mode': args.mode, **checkpoints.describe_images(batches)}
+            numbers.append(images['number'])
             settings = {'checkpoint': checkpoints.description(subject), 'images': images, 'precision': args.precision,
                         'seed': args.seed}
             rows.append([name])
@@ -250,7 +251,7 @@ def main():
     except Stopped as stop:
         stop.sentence = 'Stopped; what was measured is kept, and the same command goes on.'
         raise
-    print_table(args, images, rows)
+    print_table(args, numbers, rows)
     print('\ntables', *paths)
 
 
@@ -265,7 +266,7 @@ def cells(measure, result):
     return [metrics.plus_minus(result[mean], result.get('deviation', result.get('standard error')), '.4g'), *corners]
 
 
-def print_table(args, images, rows):
+def print_table(args, numbers, rows):
     space = f', {args.manifolds} of P dimensions (%)' if args.manifolds else ' (%) | its corners (%)'
     heads = {'loss': f'{args.mode} loss | top-1 (%)', 'box': f'box {args.box_epsilon:g}{space}',
              'ball': f'ball {args.ball_epsilon:g}',
@@ -277,8 +278,8 @@ def print_table(args, images, rows):
           sep='\n')
     for row in rows:
         print(f'| {" | ".join(row)} |')
-    print(f'\n{images["number"]} {args.mode} images, {args.precision}. +- is the standard deviation over draws, of '
-          'the trace the standard error.')
+    print(f'\n{checkpoints.how_many(numbers)} {args.mode} images, {args.precision}. +- is the standard deviation '
+          'over draws, of the trace the standard error.')
 
 
 if __name__ == '__main__':

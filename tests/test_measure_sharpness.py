@@ -12,12 +12,15 @@ from helpers import call, contents, refused, sharpness_golden, toy_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import measure_margins
 import measure_sharpness as sharp
 from utils.batches import seeded_generator
 from utils.errors import Stopped, UserError
 
 GOLDEN, landscape_of = sharpness_golden()
-runs = toy_runs(plain='-a resnet --depth 8', method='-a resnet --depth 8 --method dma amp')
+runs = toy_runs(plain='-a resnet --depth 8', method='-a resnet --depth 8 --method dma amp',
+                half='-a resnet --depth 8 --train-fraction 0.5',
+                other_half='-a resnet --depth 8 --train-fraction 0.5 --manualSeed 3')
 
 
 class Quadratic:
@@ -273,6 +276,22 @@ def test_all_measures_of_several_checkpoints_in_a_table_and_in_json(runs, monkey
         assert set(entries[0]['environment']) == {'commit', 'device',
                                                   'torch'} and entries[0]['settings']['precision'] == 'fp32'
         assert contents(runs / name) == before[name]
+
+
+@pytest.mark.parametrize('script, flags', [(sharp, '--noise --draws 1'), (measure_margins, '--margins --mode train')])
+def test_each_is_measured_on_the_training_images_that_its_own_seed_drew(script, flags, runs, monkeypatch, tmp_path):
+    def images(names, words, out):
+        files = ' '.join(f'{runs}/{name}/checkpoint.pth.tar' for name in names)
+        call(monkeypatch, script, f'{files} {flags} {words} --images 12 -o {tmp_path}/{out}')
+        kind = 'sharpness' if script is sharp else 'margins'
+        return [json.loads((tmp_path / out / f'{name}-checkpoint-{kind}.json').read_text())[0]['settings']['images']
+                for name in names]
+
+    together = images(['half', 'other_half'], '', 'both')
+    assert together == images(['half'], '', 'first') + images(['other_half'], '', 'second')
+    assert together[0] != together[1] and {held['mode'] for held in together} == {'train'}
+    first, second = images(['half', 'other_half'], '--mode test', 'test')
+    assert first == second and first['mode'] == 'test'
 
 
 def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, monkeypatch, capsys, tmp_path):

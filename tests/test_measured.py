@@ -98,6 +98,28 @@ def test_what_does_not_fit_is_refused(runs, entries, sentence, monkeypatch):
         call(monkeypatch, compare, f'{runs} --measured "angular margin"')
 
 
+def test_training_images_may_be_those_that_the_seed_draws(runs, monkeypatch, capsys):
+    def measure(of_seed):
+        for name in ('none', 'dma'):
+            for seed in range(6):
+                entry = margins(10.0 + seed, images={**IMAGES, 'mode': 'train', 'crc32': of_seed(name, seed)})
+                (runs / f'{name}/{seed}/checkpoint-margins.json').write_text(json.dumps([entry]))
+
+    measure(lambda name, seed: seed)
+    assert rows(monkeypatch, capsys, f'{runs} --measured "angular margin"')['dma']['n'] == '6'
+    measure(lambda name, seed: f'{name}{seed}' if seed == 4 else seed)
+    with pytest.raises(UserError, match='angular margin was measured on other images in .*/(dma|none)/4 than in '
+                                        '.*/(none|dma)/4, a run of the same seed; measure both again'):
+        call(monkeypatch, compare, f'{runs} --measured "angular margin"')
+
+
+def test_one_file_of_two_sets_of_training_images_is_refused(runs, monkeypatch):
+    both = [margins(10.0, images={**IMAGES, 'mode': 'train', 'crc32': crc32}) for crc32 in (1, 2)]
+    (runs / 'none/0/checkpoint-margins.json').write_text(json.dumps(both))
+    with pytest.raises(UserError, match='has angular margin of two sets of train images; move it away and measure'):
+        call(monkeypatch, compare, f'{runs} --measured "angular margin"')
+
+
 def test_two_measurements_are_no_matter_where_one_is_common(runs, monkeypatch, capsys):
     both = [margins(10.0, images={**IMAGES, 'number': 50}), margins(10.0)]
     (runs / 'none/0/checkpoint-margins.json').write_text(json.dumps(both))

@@ -5,8 +5,9 @@ Each function is fixed by a seed of its own and leaves the global random state a
 import numpy as np
 import torch
 
-from utils.flags import bounded
 from utils.errors import UserError
+from utils.flags import bounded
+
 
 def add_arguments(group):
     group.add_argument('--val-split', type=bounded(float, 0, 0.9, above=True), metavar='F',
@@ -47,7 +48,7 @@ def drawn_by(args):
 
 
 def _words(args, *names):
-    given = ((name.replace('_', '-'), getattr(args, name)) for name in names)
+    given = ((name.replace('_', '-'), getattr(args, name, None)) for name in names)
     return ' and '.join(f'--{flag} {value}' for flag, value in given if value)
 
 

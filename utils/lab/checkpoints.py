@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 import smoothout
-from utils import batches as image_batches, checkpoint, datasets, device as devices, folders, methods, resume
+from utils import batches as image_batches, checkpoint, conditions, datasets, device as devices, folders, methods
+from utils import resume
 from utils.errors import UserError
 from utils.flags import bounded, cuda_device, file_path
 from utils.lab.landscape import Landscape
@@ -139,7 +140,7 @@ def check_output_folder(folder):
 
 
 def check_alike(subjects):
-    """UserError unless all of these can be measured on the images of the first."""
+    """UserError unless all of these can be measured on images of one data set."""
     first, *others = subjects
     for other in others:
         if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
@@ -173,6 +174,20 @@ def images_of(subject, part, args):
     # Images that are read from files are kept, where they fit, so that they are read once.
     large = hasattr(batches, 'gigabytes') and batches.gigabytes() > KEPT
     return Replayed(batches, one_pass) if large else Recorded(batches, one_pass())
+
+
+def images_of_each(subjects, part, args):
+    """For each checkpoint in turn its images: one set for all, but of 'train' and 'val' those of its own run where the
+    flags and the seed of the run draw them, or their labels, from the training set.
+    """
+    shared = None
+    for subject in subjects:
+        if part != 'test' and conditions.drawn_by(subject.args):
+            yield images_of(subject, part, args)
+            continue
+        if shared is None:
+            shared = images_of(subject, part, args)
+        yield shared
 
 
 class Recorded(list):
@@ -246,6 +261,11 @@ def description(subject):
     for tensor in subject.model.state_dict().values():
         number = zlib.crc32(tensor.cpu().contiguous().numpy(), number)
     return {'epoch': subject.state['epoch'], 'crc32': number}
+
+
+def how_many(numbers):
+    """Numbers of images as a word: 500, or 400 to 600."""
+    return ' to '.join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def describe_images(batches):

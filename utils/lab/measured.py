@@ -31,7 +31,8 @@ def add_measured(runs, names, statistic):
     """Put into the `values` of each run the numbers of these names, None where a run has none.
 
     UserError for a name that no run has, or where two runs were measured in different ways: with other images, layers,
-    precision or settings.
+    precision or settings. Only the images that a run's seed draws, those of training and validation, may be others in
+    runs of other seeds.
     """
     found = [numbers_of(one, statistic) for one in runs]
     known = list(dict.fromkeys(name for held in found for name, _ in held))
@@ -47,12 +48,19 @@ def add_measured(runs, names, statistic):
                             f'{_differing(first, second)}; measure all in one command, and move away the files of '
                             'other measurements')
         way, = shared
+        images = {}
         for one, held in zip(runs, found):
-            one.values[name] = held.get((name, way))
+            one.values[name], drawn = held.get((name, way), (None, None))
+            if drawn is not None and images.setdefault(one.seed, (drawn, one.folder))[0] != drawn:
+                raise UserError(f'{name} was measured on other images in {one.folder} than in '
+                                f'{images[one.seed][1]}, a run of the same seed; measure both again, with the same '
+                                '--mode, --images and --no-augment')
 
 
 def numbers_of(one, statistic):
-    """(name, how it was measured, as text) -> number, of all measurements of a run's result."""
+    """(name, how it was measured, as text) -> (number, a check sum of the images if a run's seed may have drawn them, else
+    None), of all measurements of a run's result. UserError where a file has one of them twice, of other images.
+    """
     found, epoch = {}, one.best_epoch if one.chosen else max(one.curve)
     for file in files_of(one.chosen):
         path = os.path.join(one.folder, file)
@@ -62,13 +70,18 @@ def numbers_of(one, statistic):
             for entry in read_json(path):
                 settings = dict(entry['settings'])
                 checkpoint = settings.pop('checkpoint')
+                images = dict(settings['images'])
+                drawn = None if images['mode'] == 'test' else images.pop('crc32')
+                settings |= {'images': images}
                 settings.pop('validation', None)  # images that a run's seed draws
                 if checkpoint['epoch'] != epoch:
                     raise UserError(f'{path} is of epoch {checkpoint["epoch"]}, and the result of its run of epoch '
                                     f'{epoch}; measure it again')
                 way = json.dumps(settings, sort_keys=True)
                 for name, value in _named(entry, statistic):
-                    found[name, way] = value
+                    if found.setdefault((name, way), (value, drawn))[1] != drawn:
+                        raise UserError(f'{path} has {name} of two sets of {images["mode"]} images; move it away and '
+                                        'measure again')
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f'{path} is not what measure_margins.py or measure_sharpness.py writes '
                             f'({error})') from error
