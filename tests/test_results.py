@@ -73,7 +73,8 @@ def kept(tmp_path, monkeypatch):
 
 
 def test_what_was_measured_of_a_run_is_kept_too(kept, tmp_path, monkeypatch, capsys):
-    entry = {'measure': 'margins', 'settings': {'checkpoint': {'epoch': 3}}, 'result': {'logit margin': {'mean': 1.5}}}
+    entry = {'measure': 'margins', 'settings': {'checkpoint': {'epoch': 3}, 'images': {'mode': 'test'}},
+             'result': {'logit margin': {'mean': 1.5}}}
     files = {'checkpoint-margins.json': [entry], 'model_best-sharpness.json': []}
     write_run(tmp_path / 'checkpoints/seed1', args=CLEAN, files=files)
     call(monkeypatch, keep, 'checkpoints')

@@ -58,8 +58,8 @@ def add_measured(runs, names, statistic):
 
 
 def numbers_of(one, statistic):
-    """(name, how it was measured, as text) -> (number, a check sum of the images if a run's seed may have drawn them, else
-    None), of all measurements of a run's result. UserError where a file has one of them twice, of other images.
+    """(name, how it was measured, as text) -> (number, a check sum of the images if a run's seed may have drawn them,
+    else None), of all measurements of a run's result. UserError where a file has one of them twice, of other images.
     """
     found, epoch = {}, one.best_epoch if one.chosen else max(one.curve)
     for file in files_of(one.chosen):
