@@ -87,7 +87,7 @@ def main():
         print(*in_columns(list(cells_of_grid(args, rows)), args.markdown), sep='\n', end='\n\n')
         print(*explained_grid(args, runs, rows), sep=between, end=between)
         if args.plot:
-            from utils.lab import plots
+            from utils.lab import plots  # a second of import time that a table should not pay
 
             plots.grid(args.plot, rows, columns_of_grid(rows), args)
     else:
@@ -111,7 +111,7 @@ def compare(args, runs, flags, between):
         print_table(rows, columns, shared, args.markdown)
         print(*explained(args, runs, rows), sep=between, end=between)
     if args.plot:
-        from utils.lab import plots
+        from utils.lab import plots  # as above
 
         if all(len(one.curve) == 1 for one in runs):
             plots.differences(args.plot, rows, args)

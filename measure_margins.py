@@ -166,9 +166,9 @@ def main():
             view.weight(NEED_WEIGHT)
     names, columns, numbers = checkpoints.names_of([subject.path for subject in subjects]), [], []
     try:
-        for name, view, path, batches in zip(names, views, paths,
-                                             checkpoints.images_of_each(subjects, args.mode, args)):
-            view.batches, images = batches, {'mode': args.mode, **checkpoints.describe_images(batches)}
+        for name, view, path, (batches, images) in zip(names, views, paths,
+                                                       checkpoints.images_of_each(subjects, args.mode, args)):
+            view.batches = batches
             numbers.append(images['number'])
             columns.append(column_of(args, view, name, images, path))
             view.__dict__.pop('outputs', None)  # those of one checkpoint at a time

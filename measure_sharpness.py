@@ -235,9 +235,8 @@ def main():
         entries.read(path, cells)
     names, rows, numbers = checkpoints.names_of([subject.path for subject in subjects]), [], []
     try:
-        for name, subject, path, batches in zip(names, subjects, paths,
-                                                checkpoints.images_of_each(subjects, args.mode, args)):
-            images = {'mode': args.mode, **checkpoints.describe_images(batches)}
+        for name, subject, path, (batches, images) in zip(names, subjects, paths,
+                                                          checkpoints.images_of_each(subjects, args.mode, args)):
             numbers.append(images['number'])
             settings = {'checkpoint': checkpoints.description(subject), 'images': images, 'precision': args.precision,
                         'seed': args.seed}

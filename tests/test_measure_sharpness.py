@@ -16,6 +16,7 @@ import measure_margins
 import measure_sharpness as sharp
 from utils.batches import seeded_generator
 from utils.errors import Stopped, UserError
+from utils.lab import checkpoints
 
 GOLDEN, landscape_of = sharpness_golden()
 runs = toy_runs(plain='-a resnet --depth 8', method='-a resnet --depth 8 --method dma amp',
@@ -290,8 +291,10 @@ def test_each_is_measured_on_the_training_images_that_its_own_seed_drew(script, 
     together = images(['half', 'other_half'], '', 'both')
     assert together == images(['half'], '', 'first') + images(['other_half'], '', 'second')
     assert together[0] != together[1] and {held['mode'] for held in together} == {'train'}
+    passes, fingerprint = [], checkpoints.fingerprint
+    monkeypatch.setattr(checkpoints, 'fingerprint', lambda batches: passes.append(1) or fingerprint(batches))
     first, second = images(['half', 'other_half'], '--mode test', 'test')
-    assert first == second and first['mode'] == 'test'
+    assert first == second and first['mode'] == 'test' and len(passes) == 1
 
 
 def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, monkeypatch, capsys, tmp_path):

@@ -177,17 +177,19 @@ def images_of(subject, part, args):
 
 
 def images_of_each(subjects, part, args):
-    """For each checkpoint in turn its images: one set for all, but of 'train' and 'val' those of its own run where the
-    flags and the seed of the run draw them, or their labels, from the training set.
+    """For each checkpoint in turn (its images, what describes them): one set for all, read and described once, but of
+    'train' and 'val' those of its own run where the flags and the seed of the run draw them, or their labels, from the
+    training set.
     """
     shared = None
     for subject in subjects:
-        if part != 'test' and conditions.drawn_by(subject.args):
-            yield images_of(subject, part, args)
-            continue
-        if shared is None:
-            shared = images_of(subject, part, args)
-        yield shared
+        own = part != 'test' and bool(conditions.drawn_by(subject.args))
+        if own or shared is None:
+            batches = images_of(subject, part, args)
+            described = batches, {'mode': part, **describe_images(batches)}
+            if not own:
+                shared = described
+        yield described if own else shared
 
 
 class Recorded(list):

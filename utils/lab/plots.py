@@ -66,8 +66,7 @@ def grid(path, rows, columns, args):
     means = {place: cell['paired difference'].mean for place, cell in cells.items()}
     largest = max(map(abs, means.values()), default=0) or 1
     for (x, y), cell in cells.items():
-        good = {metric.higher: 1, metric.lower: -1}.get(cell['verdict'], 0)
-        good *= -1 if metric.higher == 'worse' else 1
+        good = {'better': 1, 'higher': 1, 'worse': -1, 'lower': -1}.get(cell['verdict'], 0)
         strength = good * (0.3 + 0.7 * abs(means[x, y]) / largest)
         axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
                   color=colours(0.5 + 0.5 * strength) if good else '0.93', linewidth=0)
