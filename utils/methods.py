@@ -47,6 +47,7 @@ the command line set; a ValueError from any of these functions ends the run with
 """
 import argparse
 import copy
+import functools
 import importlib
 import inspect
 import math
@@ -162,9 +163,14 @@ def begins(args):
 
 def flags(module):
     """The names, in `args`, of the flags that a method's module adds."""
+    return _added_by(module.add_arguments)
+
+
+@functools.cache  # compare.py asks for each of its runs
+def _added_by(add_arguments):
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return set(vars(parser.parse_args([])))
+    add_arguments(parser)
+    return frozenset(vars(parser.parse_args([])))
 
 
 def setting(values):
