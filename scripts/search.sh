@@ -11,7 +11,8 @@
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam
 # arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding; amp-late, which begins when 0.7 of the
-# training is behind; smoothout-filter, whose noise goes by the length of a filter; FRACTION of the training set,
+# training is behind; smoothout-filter, whose noise goes by the length of a filter; tuned, which is no method, but the
+# plain network with as many more trials as a method has, over TUNED, six of LR:WD; FRACTION of the training set,
 # after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and LAYERS of Large Margin, for another
 # --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that have TRIALS, each with what it chose
 # alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); TRIALS,
@@ -24,11 +25,12 @@ METHODS=${METHODS//none/}
 COMBINATIONS=${COMBINATIONS:-}
 LAYERS=${LAYERS:-input layer1 layer2}
 LRS=${LRS:-0.02 0.05 0.1}
+TUNED=${TUNED:-0.002:0.005 0.005:0.005 0.01:0.005 0.02:0.02 0.02:0.05 0.02:0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 only METHODS dma lsoftmax amp amp-late smoothout smoothout-filter large_margin sam momentum-sam arcface ldam \
-    logit_adjustment hinge smoothing mixup cutout dropout flooding
+    logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
 for combination in $COMBINATIONS; do
     case +$combination+ in
         *+amp-late+*) problem="amp-late, as --method-start would delay the other methods too" ;;
@@ -66,6 +68,7 @@ grid() {  # the trials of method $1, one a line
         smoothing) printf -- '--label-smoothing %s\n' 0.05 0.1 0.2 0.3 0.5 0.7 ;;
         mixup) printf -- '--mixup %s\n' 0.1 0.2 0.5 1 2 4 ;;
         cutout) printf -- '--cutout %s\n' 2 4 8 12 16 20 ;;
+        tuned) for pair in $TUNED; do echo "--lr ${pair%:*} --wd ${pair#*:}"; done ;;
         dropout) printf -- '--dropout %s\n' 0.1 0.2 0.3 0.5 0.7 0.9 ;;
         flooding) printf -- '--flood %s\n' 0.05 0.1 0.2 0.5 1 1.5 ;;
     esac
@@ -73,7 +76,7 @@ grid() {  # the trials of method $1, one a line
 
 flags() {  # the flags of a trial $2 of method $1
     case $1 in
-        none|smoothing|mixup|cutout|dropout|flooding) echo "$2" ;;
+        none|tuned|smoothing|mixup|cutout|dropout|flooding) echo "$2" ;;
         amp-late) echo "--method amp --method-start 0.7 $2" ;;
         smoothout-filter) echo "--method smoothout --adapt-type filter $2" ;;
         momentum-sam) echo "--method sam --direction momentum $2" ;;
