@@ -343,6 +343,15 @@ def test_every_method_has_as_many_trials(stage):
     assert len(trials) == 6 and set(trials.values()) == {6}
 
 
+def test_tuned_is_the_plain_network_with_other_rates_and_weight_decays(stage):
+    result, commands = stage.call('search.sh', METHODS='tuned', TUNED='0.3:0 0.4:0.01', TRIAL_SEEDS='1', SEEDS='1')
+    assert result.returncode == 0, result.stderr
+    of_tuned = [vars(cifar.make_parser().parse_args(command)) for command in commands
+                if '/tuned/' in value(command, '--checkpoint')]
+    assert [(args['lr'], args['weight_decay'], args['val_split'], args['method']) for args in of_tuned] == [
+        (0.3, 0, 0.1, []), (0.4, 0.01, 0.1, []), (0.3, 0, None, [])]
+
+
 def test_a_real_script_that_is_killed_in_its_second_run_goes_on_to_its_table(tmp_path):
     environment = {**os.environ, 'OUT': str(tmp_path), 'DATASET': 'digits', 'TRAINING': 'fraction0.1', 'SEEDS': '1',
                    'EPOCHS': '1', 'JOBS': '1', 'PYTHON': sys.executable}
