@@ -89,7 +89,7 @@ def main():
         if args.plot:
             from utils.lab import plots  # a second of import time that a table should not pay
 
-            plots.grid(args.plot, rows, columns_of_grid(rows), args)
+            plots.grid(args.plot, rows, columns_of_grid(args, rows), args)
     else:
         compare(args, runs, flags, between)
     used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
@@ -152,7 +152,7 @@ def rows_of_grid(args, runs, flags, others):
 def cells_of_grid(args, rows):
     """Lines of words, the header first: a condition, its numbers of seeds, its cells."""
     form = next(iter(args.metrics.values())).form
-    columns = columns_of_grid(rows)
+    columns = columns_of_grid(args, rows)
     yield ['condition', 'n', *columns]
     for label, row in rows.items():
         seeds = {min(cell['n'] for cell in row.values()), max(cell['n'] for cell in row.values())}
@@ -160,8 +160,8 @@ def cells_of_grid(args, rows):
                *(as_cell(row[name], args, form) if name in row else '' for name in columns)]
 
 
-def columns_of_grid(rows):
-    return list(dict.fromkeys(column for row in rows.values() for column in row))
+def columns_of_grid(args, rows):
+    return list(dict.fromkeys([args.baseline, *(column for row in rows.values() for column in row)]))
 
 
 def explained_grid(args, runs, rows):
