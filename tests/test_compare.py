@@ -119,6 +119,19 @@ def metrics(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize('flags, part, expected', [('', 'Test', 71.5), ('--val-split 0.1', 'Val', 92.0)])
+def test_training_accuracy_is_of_the_epoch_of_the_result(flags, part, expected, table, tmp_path):
+    """Of the last epoch, or of the one that validation chose, here the second of three."""
+    log = (f'Epoch\tLearning Rate\tTrain Loss\tTrain Top-1\t{part} Loss\t{part} Top-1\tSeconds\n'
+           '1\t0.1\t1\t99\t1\t40\t2.5\n2\t0.1\t1\t92\t1\t60\t2.5\n3\t0.1\t1\t71.5\t1\t50\t2.5\n')
+    write_run(tmp_path / 'a', flags, files={'log.txt': log})
+    rows, _ = table(tmp_path, '--metric', 'train', 'top1')
+    assert rows['(none)']['train top-1 mean'] == expected
+    assert table(tmp_path, '--metric', 'train', '--error')[0]['(none)']['train top-1 mean'] == 100 - expected
+    write_run(tmp_path / 'b', flags, seed=2, files={'log.txt': log.replace('Train Top-1', 'Other')})
+    assert "broken: " + str(tmp_path / 'b') in table(tmp_path, '--metric', 'train')[1]
+
+
 def test_each_metric_has_its_columns_and_verdict(metrics, table):
     rows, _ = table(metrics, '--metric', 'worst', 'loss', 'top1', 'ece', 'balanced')
     plain, amp, smoothout = rows['(none)'], rows['--method amp'], rows['--method smoothout']

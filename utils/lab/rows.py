@@ -95,7 +95,7 @@ def summarise(settings, names, baselines, args):
         no_choice = by_validation or all(len(one.curve) == 1 for one in runs)
         rows.append({'setting': name, 'n': len(runs),
                      'best, chosen by test set': None if no_choice else
-                     Spread(*spread([turned('top1', one.best, args) for one in runs])),
+                     Spread(*spread([turned(METRICS['top1'], one.best, args) for one in runs])),
                      'at epoch': None if no_choice else averages.fmean(one.best_epoch for one in runs),
                      'pairs': None if baseline is None else len({one.seed for one in runs}
                                                                 & {one.seed for one in baseline}),
@@ -135,12 +135,12 @@ def judge(rows, baselines, label, words):
 
 def values_of(runs, metric, args):
     """seed -> the result of the run."""
-    return {one.seed: turned(metric, one.values[metric], args) for one in runs}
+    return {one.seed: turned(args.metrics[metric], one.values[metric], args) for one in runs}
 
 
 def turned(metric, value, args):
     """An accuracy, or with --error what it lacks to 100."""
-    return 100 - value if args.error and args.metrics[metric].accuracy else value
+    return 100 - value if args.error and metric.accuracy else value
 
 
 def prefix(metric, args):

@@ -34,6 +34,8 @@ METRICS = {
     'ece': Metric('ECE', 'ECE: expected calibration error on the test images in percent', *DOWN),
     'balanced': Metric('balanced', 'balanced: mean accuracy of the classes in percent', *UP, accuracy=True),
     'worst': Metric('worst class', 'worst class: the accuracy of the worst class in percent', *UP, accuracy=True),
+    'train': Metric('train top-1', 'train top-1: accuracy on the training batches of the epoch of the result, as they '
+                    'were trained on, with wrong labels or mixed images, in percent', 'higher', 'lower', accuracy=True),
 }
 
 
@@ -52,7 +54,7 @@ class Run(NamedTuple):
     environment: dict  # each of ENVIRONMENT -> a word
     curve: dict  # tested epoch -> top-1 on the test set, or on the validation set if `chosen`
     chosen: bool  # by validation; otherwise the result is that of the last epoch
-    values: dict  # the result on the test set: each of METRICS -> its number, None in a run of before it was written
+    values: dict  # the result: each of METRICS -> its number, None in a run of before it was written
     best: float  # top-1 of the curve's best epoch
     best_epoch: int
     parameters: int
@@ -194,16 +196,17 @@ def read_run(folder, flags):
     result = read_dict(folder, 'result.json')
     check_result(result, lines)
     values = measured(result)
+    chosen, best_epoch = result['chosen by'] == 'validation', int(number(result['best'], 'epoch'))
+    values['train'] = trained(lines, best_epoch if chosen else done)
     environment = args.get('environment') or {}  # which runs of before it was written do not have
     return Run(folder, setting, number(args, 'seed', file='args.json'),
                {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
-               result['chosen by'] == 'validation', values, number(result['best'], 'top1', 100),
-               int(number(result['best'], 'epoch')), int(number(result, 'parameters')),
+               chosen, values, number(result['best'], 'top1', 100), best_epoch, int(number(result, 'parameters')),
                number(result, 'seconds per epoch'))
 
 
 def measured(result):
-    """Each of METRICS -> its number in result.json, or None if it is not there."""
+    """Each of METRICS that is of the test set -> its number in result.json, or None if it is not there."""
     places = {'loss': ('test loss', math.inf), 'ece': ('test calibration error', 100),
               'balanced': ('test balanced accuracy', 100)}
     values = {'top1': number(result, 'test top-1', 100)}
@@ -212,6 +215,13 @@ def measured(result):
     classes = [share for share in result.get('test class accuracy', []) if share is not None]
     values['worst'] = number({'test class accuracy': min(classes)}, 'test class accuracy', 100) if classes else None
     return values
+
+
+def trained(lines, epoch):
+    """Top-1 in training in an epoch, from the lines of log.txt."""
+    names, *rows = lines
+    epochs, place = [row[names.index('Epoch')] for row in rows], names.index('Train Top-1')
+    return float(rows[epochs.index(str(epoch))][place])
 
 
 def number(held, name, most=math.inf, file='result.json'):
