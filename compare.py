@@ -73,7 +73,7 @@ def main():
     args = parse_arguments()
     folders, without = find_runs(args.folders)
     flags = Flags(next(filter(None, map(script_of, folders)), 'cifar.py'))
-    runs, others = read_runs(folders, flags)
+    runs, others = read_runs(folders, flags, list(map(os.path.normpath, args.folders)) if args.grid else ())
     if args.measured:
         add_measured(runs, args.measured, args.statistic)
     runs, lacking = with_metrics(runs, args.metrics)

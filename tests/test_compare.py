@@ -216,6 +216,15 @@ def test_the_baseline_of_a_grid_is_the_first_column_and_no_other_takes_its_place
         call(monkeypatch, *conditions, '--grid', '--baseline', 'sam')
 
 
+def test_runs_of_one_setting_may_stand_in_two_rows_of_a_grid(conditions, monkeypatch, capsys):
+    """As where a search over other rates chooses a rate that a row above has as a column."""
+    shutil.copytree(conditions[0], conditions[0].parent.parent / 'again/table')
+    call(monkeypatch, *conditions, conditions[0].parent.parent / 'again/table', '--grid', '--markdown')
+    printed = capsys.readouterr().out
+    few, _, again = printed.splitlines()[2:5]
+    assert again == few.replace('| few |', '| again |') and 'left out' not in printed
+
+
 def test_a_grid_of_folders_at_the_wrong_depth_is_refused(conditions, monkeypatch, capsys):
     with pytest.raises(UserError, match='seed0 and seed1 in .*/few/table/(dma|none) hold runs with the same flags'):
         call(monkeypatch, *(conditions[0] / name for name in ('none', 'dma')), '--grid')

@@ -144,8 +144,10 @@ def find_runs(paths):
     return list(found.values()), without
 
 
-def read_runs(folders, flags):
-    """(finished runs, a line about each other one)."""
+def read_runs(folders, flags, groups=()):
+    """(finished runs, a line about each other one). A setting has one run of a seed: in each of the folders `groups`, and
+    in all others together.
+    """
     runs, others = {}, []
     for folder in folders:
         if script_of(folder) not in (None, flags.script):
@@ -153,7 +155,8 @@ def read_runs(folders, flags):
             continue
         try:
             one = read_run(folder, flags)
-            first = runs.setdefault((frozenset(one.setting.items()), one.seed), one)
+            group = next((group for group in groups if folder.startswith(os.path.join(group, ''))), None)
+            first = runs.setdefault((group, frozenset(one.setting.items()), one.seed), one)
             if first is not one:
                 others.append(f'left out: {folder} (same setting and seed as {first.folder})')
         except Unfinished as error:
