@@ -145,8 +145,8 @@ def find_runs(paths):
 
 
 def read_runs(folders, flags, groups=()):
-    """(finished runs, a line about each other one). A setting has one run of a seed: in each of the folders `groups`, and
-    in all others together.
+    """(finished runs, a line about each other one). A setting has one run of a seed: in each of the folders `groups`,
+    and in all others together.
     """
     runs, others = {}, []
     for folder in folders:
