@@ -240,9 +240,9 @@ def test_runs_side_by_side_share_the_cores_and_keep_their_output(stage, monkeypa
     wait_for(stage.out / 'lsoftmax/seed1/result.json', script)
     assert not (stage.out / 'dma/seed1/result.json').exists() and not (stage.out / 'amp/seed1/result.json').exists()
     assert (stage.out / 'none/seed1/output.txt').read_text() == ''
+    said = next(line for line in script.stdout if '3 done' in line)  # the run has ended too
     script.terminate()
-    output, _ = script.communicate(timeout=30)
-    assert script.returncode == 143 and 'table of' not in output and '3 done, 0 failed, 2 left' in output
+    assert '3 done, 0 failed, 2 left' in said and 'table of' not in script.stdout.read() and script.wait(30) == 143
 
 
 @pytest.mark.parametrize('jobs, threads', [('1', None), ('2', max(1, len(os.sched_getaffinity(0)) // 2)), ('64', 1)])
