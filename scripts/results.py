@@ -4,8 +4,8 @@
 
 A table follows the command that prints it, an indented line `python compare.py results/... --markdown` or
 `python -m utils.lab.choose results/... --markdown`, and ends with the comment <!-- end -->. What is between them is
-replaced by what the command prints, which also appears on the terminal. A picture is drawn by an indented line
-`python compare.py results/... --plot FILE`.
+replaced by what the command prints, which also appears on the terminal. A picture is drawn by such a command with
+`--plot FILE` before its --markdown, or by an indented line `python compare.py results/... --plot FILE`.
 """
 import glob
 import os

@@ -31,6 +31,11 @@ SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 only METHODS dma lsoftmax lsoftmax-mild amp amp-late smoothout smoothout-filter large_margin sam momentum-sam arcface \
     ldam logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
+for pair in $TUNED; do
+    [[ $pair == *:* ]] && continue
+    echo "error: TUNED must be pairs LR:WD, such as 0.005:0.005; was given $pair" >&2
+    exit 2
+done
 for combination in $COMBINATIONS; do
     case +$combination+ in
         *+amp-late+*) problem="amp-late, as --method-start would delay the other methods too" ;;

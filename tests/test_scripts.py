@@ -350,6 +350,9 @@ def test_tuned_is_the_plain_network_with_other_rates_and_weight_decays(stage):
                 if '/tuned/' in value(command, '--checkpoint')]
     assert [(args['lr'], args['weight_decay'], args['val_split'], args['method']) for args in of_tuned] == [
         (0.3, 0, 0.1, []), (0.4, 0.01, 0.1, []), (0.3, 0, None, [])]
+    result, commands = stage.call('search.sh', METHODS='tuned', TUNED='0.3:0 0.4')
+    assert (result.returncode, commands) == (2, [])
+    assert result.stderr == 'error: TUNED must be pairs LR:WD, such as 0.005:0.005; was given 0.4\n'
 
 
 def test_a_real_script_that_is_killed_in_its_second_run_goes_on_to_its_table(tmp_path):
