@@ -3,6 +3,8 @@
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --ss 0.01 --draws 10
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --attack pgd --attack-eps 8/255
+    python evaluate.py checkpoints/plain/checkpoint.pth.tar --logit-adjust 1 --as-run checkpoints/adjusted
+    python compare.py checkpoints/plain checkpoints/adjusted
 
 The checkpoint knows its network and its data. The confusion matrix is written beside it.
 """
@@ -15,10 +17,11 @@ from baselines.logit_adjustment import adjusted
 from utils import metrics
 from utils.bar import ProgressLine
 from utils.batches import input_transform, seeded_generator
+from utils.device import environment
 from utils.errors import UserError
 from utils.eval import logits_of, metrics_line
-from utils.flags import Parser, bounded, pixels
-from utils.lab import checkpoints
+from utils.flags import Parser, bounded, file_path, pixels
+from utils.lab import as_run, checkpoints
 from utils.lab.attack import Attack
 from utils.script import run_script
 
@@ -44,7 +47,12 @@ def parse_arguments():
                              'checkpoint that was trained on other shares of the classes than it is tested on')
     parser.add_argument('--tta', choices=('mirror', 'none'),
                         help='mirror: the mean of the logits of each image and of its mirror image (as in the run)')
+    parser.add_argument('--as-run', type=file_path, metavar='DIR',
+                        help='also write the result on the test images as a run of its own, for compare.py, of a run '
+                             'that was trained as this one and is tested with --logit-adjust, --tta or --precision')
     args = parser.parse_args()
+    if args.as_run and (args.mode != 'test' or args.images):
+        parser.error('--as-run is of all test images, so without --mode and --images')
     for name, flags in NEEDING.items():
         for flag in flags if getattr(args, name) is None else ():
             if flag in args.given:
@@ -66,6 +74,11 @@ def main():
     landscape.tta = {None: subject.args.tta, 'mirror': 'mirror', 'none': None}[args.tta]
     if args.logit_adjust:
         landscape.adjust = logit_adjustment(subject, args.logit_adjust)
+    if args.as_run:
+        told = {**vars(subject.args), 'logit_adjust': args.logit_adjust, 'tta': landscape.tta}
+        changed = {name: told[name] for name in ('dataset', 'data', 'precision', 'tta', 'logit_adjust')
+                   if name in args.given}
+        files = as_run.read(subject, changed, args.as_run)
     predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)
     with ProgressLine(args.mode, len(batches)) as bar:
         measured = landscape.measure(meter=predictions, bar=bar)
@@ -81,6 +94,9 @@ def main():
     os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
+    if args.as_run:
+        as_run.write(args.as_run, files, measured, by_class, environment(subject.device))
+        print(f'as a run     {args.as_run}')
 
 
 def logit_adjustment(subject, tau):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import cifar
+import compare
 import evaluate
 from utils import conditions, datasets, metrics
 from utils.errors import UserError
@@ -195,7 +196,7 @@ def test_the_confusion_matrix_in_files(classes, tmp_path):
 
 CONDITIONED = '--epochs 3 --val-split 0.25 --imbalance step --imbalance-factor 0.5 --label-noise 0.2 --cutout 4'
 # The folders of two finished runs: one with conditions and a validation split, one without.
-runs = toy_runs(conditioned=f'-a lenet {CONDITIONED}', plain='-a lenet --method dma')
+runs = toy_runs(conditioned=f'-a lenet {CONDITIONED}', plain='-a lenet --method dma --epochs 2')
 
 
 @pytest.fixture
@@ -267,6 +268,53 @@ def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, eval
         assert seen['batches'].cutout == seen['batches'].padding == 0 and seen['batches'].transform is None
         assert seen['confusion'].sum(axis=1).tolist() == split.class_counts()
         assert np.trace(seen['confusion']) / len(split.labels) == pytest.approx(seen['measured']['Top-1'] / 100)
+
+
+@pytest.mark.parametrize('name, file, flags, row', [('plain', 'checkpoint', '--logit-adjust 0.5', '--logit-adjust 0.5'),
+                                                    ('conditioned', 'model_best', '--tta mirror', '--tta mirror')])
+def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(name, file, flags, row, runs, evaluated, tmp_path,
+                                                                    monkeypatch, capsys):
+    before, other = contents(runs / name), tmp_path / 'other'
+    seen = evaluated(f'{runs}/{name}/{file}.pth.tar {flags} --as-run {other} -o {tmp_path}')
+    assert contents(runs / name) == before and f'as a run     {other}' in seen['printed']
+    trained, result = result_of(runs / name), result_of(other)
+    for quantity, value in (seen['measured'] | seen['by class']).items():
+        assert result[f'test {quantity.lower()}'] == value
+    assert result['test loss'] != trained['test loss'] and result['test ece'] == result['test calibration error']
+    assert {key: result[key] for key in ('epoch', 'parameters', 'steps', 'seconds')} == {
+        key: trained[key] for key in ('epoch', 'parameters', 'steps', 'seconds')}
+
+    own, log = read_log(runs / name / 'log.txt'), read_log(other / 'log.txt')
+    assert all(log[column] == own[column] for column in own if not column.startswith('Test'))
+    if name == 'plain':  # otherwise the validation images, which it does not look at, chose the epoch
+        assert log['Test Top-1'][-1] == pytest.approx(result['test top-1'], rel=1e-5) == result['best']['top1']
+        assert [math.isnan(value) for value in log['Test Top-1']] == [True, False]
+
+    call(monkeypatch, compare, f'{runs / name} {other} --baseline "(none)"')
+    printed = capsys.readouterr().out
+    assert f'\n{row} ' in printed and 'broken' not in printed and 'left out' not in printed
+    assert f'{result["test top-1"]:.2f}' in printed and f'{trained["test top-1"]:.2f}' in printed
+
+
+@pytest.mark.parametrize('file, flags, sentence', [
+    ('plain/checkpoint', '--as-run {}/new', 'would be the same run again; give --logit-adjust, --tta or --precision'),
+    ('plain/checkpoint', '--tta none --as-run {}/new', 'would be the same run again'),
+    ('plain/checkpoint', '--tta mirror --as-run {}', 'holds a run already; name another folder'),
+    ('conditioned/checkpoint', '--tta mirror --as-run {}/new', 'of epoch 2; .* is of epoch 3'),
+    ('unfinished/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; unfinished'),
+    ('alone/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; broken')])
+def test_it_is_of_the_checkpoint_of_a_finished_run(file, flags, sentence, runs, evaluated, tmp_path):
+    for name in ('unfinished', 'alone', 'conditioned', 'plain'):
+        shutil.copytree(runs / ('conditioned' if name == 'conditioned' else 'plain'), tmp_path / name)
+    os.remove(tmp_path / 'unfinished/result.json')
+    os.remove(tmp_path / 'alone/args.json')
+    result = result_of(tmp_path / 'conditioned')
+    (tmp_path / 'args.json').write_text('{}')
+    if result['epoch'] == 3:
+        pytest.fail('validation chose the last epoch, so that no checkpoint is of another')
+    with pytest.raises(UserError, match=sentence.replace('2;', f'{result["epoch"]};')):
+        evaluated(f'{tmp_path}/{file}.pth.tar {flags.format(tmp_path)}')
+    assert not (tmp_path / 'new').exists()
 
 
 def test_the_training_images_are_augmented_as_in_training_and_always_the_same(runs, evaluated, tmp_path):

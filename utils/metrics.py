@@ -53,6 +53,14 @@ def of_classes(probabilities, targets):
     return values, confusion
 
 
+def in_result(tested, by_class):
+    """What a Meter and `of_classes` gave of the test images, by its names in result.json; two have a second name there,
+    the field's.
+    """
+    named = {**tested, **by_class, 'NLL': tested['Loss'], 'ECE': by_class['calibration error']}
+    return {f'test {name}'.lower(): value for name, value in named.items()}
+
+
 def calibration_error(probabilities, targets, bins=15):
     """Expected calibration error (Guo et al., ICML 2017, arXiv 1706.04599, equation 3), from 0 to 1.
 

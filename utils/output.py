@@ -6,12 +6,14 @@ import shutil
 
 from utils import distributed
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import digest, replacing
 
 LAST, BEST, RESULT = 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json'  # RESULT is there when a run is finished
 # All that a run writes into its folder. Other files there are not touched, and do not matter.
 RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', 'skipped.txt',
            RESULT)
+
+SECONDS = ('seconds', 'seconds per epoch')  # in RESULT, checked by their sum, so that equal runs have equal check sums
 
 _locks = {}  # real path of a folder -> the descriptor that holds its lock
 
@@ -25,6 +27,12 @@ def never_saved(folder):
     """Whether a run began in `folder` and was killed before its first checkpoint."""
     found = results_in(folder)
     return 'args.json' in found and set(found) <= {'args.json', 'log.txt'}
+
+
+def check_sums(result, log):
+    """What RESULT has as 'check sums', for compare.py. result: all else that it holds. log: the words of each line."""
+    timeless = {name: value for name, value in result.items() if name not in SECONDS}
+    return {'log.txt': digest([line[:-1] for line in log]), RESULT: digest(timeless)}
 
 
 def snapshot(folder):

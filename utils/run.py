@@ -258,15 +258,12 @@ class Run:
         self._draw(metrics.write_confusion, confusion, self.state['classes'], self.in_folder('confusion.csv'),
                    self.in_folder('confusion.png'))
         seconds = [float(row[-1]) for row in self.logger.lines[1:] if row[-1] != 'nan']
-        by_class['NLL'], by_class['ECE'] = tested['Loss'], by_class['calibration error']  # the field's names
-        timeless = {'epoch': epoch, **{f'test {name}'.lower(): value for name, value in {**tested, **by_class}.items()},
-                    'best': best, 'chosen by': 'validation' if chosen_by_validation else 'last epoch',
-                    'test images': len(targets), 'parameters': count_parameters(self.model),
-                    'steps': (self.args.epochs - self.args.start_epoch) * self.steps_per_epoch}
-        # What compare.py checks. Seconds are checked by their sum, so that equal runs have equal check sums.
-        result = {**timeless, 'seconds': sum(seconds), 'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
-        result['check sums'] = {'log.txt': digest([line[:-1] for line in self.logger.lines]),
-                                output.RESULT: digest(timeless)}
+        result = {'epoch': epoch, **metrics.in_result(tested, by_class), 'best': best,
+                  'chosen by': 'validation' if chosen_by_validation else 'last epoch',
+                  'test images': len(targets), 'parameters': count_parameters(self.model),
+                  'steps': (self.args.epochs - self.args.start_epoch) * self.steps_per_epoch,
+                  'seconds': sum(seconds), 'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
+        result['check sums'] = output.check_sums(result, self.logger.lines)
         write_json(self.in_folder(output.RESULT), result)
         note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if chosen_by_validation
                 else f'best test epoch {best["epoch"]}: {best["top1"]:.2f}%')

@@ -7,7 +7,7 @@ import os
 import shlex
 from typing import NamedTuple
 
-from utils import datasets, methods
+from utils import datasets, methods, output
 from utils.errors import UserError, shown
 from utils.files import digest, read_json
 from utils.flags import with_todays_names
@@ -15,7 +15,6 @@ from utils.lab.checkpoints import SCRIPTS
 from utils.logger import read_lines
 
 ENVIRONMENT = ('commit', 'torch', 'device')
-SECONDS = ('seconds', 'seconds per epoch')  # in result.json, checked by their sum
 
 
 class Metric(NamedTuple):
@@ -184,7 +183,8 @@ def read_run(folder, flags):
     """Raises Unfinished or Mixed if the run is, another error if one of its files is not as cifar.py writes it."""
     args = read_dict(folder, 'args.json')
     if 'check sum' in args:
-        check_sum('args.json', {name: value for name, value in args.items() if name != 'check sum'}, args['check sum'])
+        held = {name: value for name, value in args.items() if name != 'check sum'}
+        check_sum('args.json', digest(held), args['check sum'])
     lines = read_lines(os.path.join(folder, 'log.txt'))
     (curve, done), setting, epochs = curve_of(lines), flags.setting(args), number(args, 'epochs', file='args.json')
     progress = f'epoch {done} of {epochs}'
@@ -239,9 +239,10 @@ def check_result(result, lines):
     """ValueError unless result.json and log.txt are as the run wrote them; earlier versions wrote no check sums."""
     if 'check sums' not in result:
         return
-    checked = {name: value for name, value in result.items() if name not in ('check sums', *SECONDS)}
-    check_sum('result.json', checked, result['check sums']['result.json'])
-    check_sum('log.txt', [line[:-1] for line in lines], result['check sums']['log.txt'])
+    written = result['check sums']
+    held = output.check_sums({name: value for name, value in result.items() if name != 'check sums'}, lines)
+    for name in ('result.json', 'log.txt'):
+        check_sum(name, held[name], written[name])
     seconds = [float(line[-1]) for line in lines[1:] if line[-1] != 'nan']
     if (result['seconds per epoch'] != sum(seconds) / max(len(seconds), 1)
             or result.get('seconds', sum(seconds)) != sum(seconds)):
@@ -249,7 +250,7 @@ def check_result(result, lines):
 
 
 def check_sum(name, held, written):
-    if digest(held) != written:
+    if held != written:
         raise ValueError(f'{name} is not what the run wrote; resume it with no flags to have it written again')
 
 
