@@ -11,13 +11,14 @@
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam
 # arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding; amp-late, which begins when 0.7 of the
-# training is behind; smoothout-filter, whose noise goes by the length of a filter; lsoftmax-mild, with a larger beta;
-# tuned, which is no method, but the plain network with as many more trials as a method has, over TUNED, six of LR:WD;
-# FRACTION of the training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and LAYERS of
-# Large Margin, for another --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that have TRIALS,
-# each with what it chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table
-# below OUT/table); TRIALS, the folder of trials that were made before with the same flags, and then none is made;
-# PYTHON. More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
+# training is behind; dma-late, which begins in the middle or grows over all of it; smoothout-filter, whose noise goes
+# by the length of a filter; lsoftmax-mild, with a larger beta; tuned, which is no method, but the plain network with
+# as many more trials as a method has, over TUNED, six of LR:WD; FRACTION of the training set, after the tenth that
+# judges the trials; EPOCHS; LRS, three learning rates, and LAYERS of Large Margin, for another --arch; COMBINATIONS
+# for the table, such as amp+dma, of METHODS, or of all that have TRIALS, each with what it chose alone; TRIAL_SEEDS;
+# SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); TRIALS, the folder of
+# trials that were made before with the same flags, and then none is made; PYTHON. More in run.sh; with LIST=1 the
+# trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
@@ -29,8 +30,8 @@ TUNED=${TUNED:-0.002:0.005 0.005:0.005 0.01:0.005 0.02:0.02 0.02:0.05 0.02:0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
-only METHODS dma lsoftmax lsoftmax-mild amp amp-late smoothout smoothout-filter large_margin sam momentum-sam arcface \
-    ldam logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
+only METHODS dma dma-late lsoftmax lsoftmax-mild amp amp-late smoothout smoothout-filter large_margin sam \
+    momentum-sam arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
 for pair in $TUNED; do
     [[ $pair == *:* ]] && continue
     echo "error: TUNED must be pairs LR:WD, such as 0.005:0.005; was given $pair" >&2
@@ -38,7 +39,7 @@ for pair in $TUNED; do
 done
 for combination in $COMBINATIONS; do
     case +$combination+ in
-        *+amp-late+*) problem="amp-late, as --method-start would delay the other methods too" ;;
+        *-late+*) problem="one that begins late, as --method-start would delay the other methods too" ;;
         *+*+*+*) continue ;;
         *) problem="one method, which is for METHODS" ;;
     esac
@@ -56,6 +57,9 @@ grid() {  # the trials of method $1, one a line
     case $1 in
         none) for wd in 0.0005 0.005; do printf -- "--lr %s --wd $wd\n" $LRS; done ;;
         dma) printf -- '--dma-coef %s\n' 0.01 0.03 0.1 0.3 1 3 ;;
+        dma-late) for begin in "--method-start 0.5" "--method-ramp 1"; do
+                      printf -- "--dma-coef %s $begin\n" 0.1 1 3
+                  done ;;
         lsoftmax) printf -- '--margin %s --beta-min %s\n' 2 5 2 1 2 0 4 5 4 1 4 0 ;;
         lsoftmax-mild) printf -- '--margin %s --beta-min %s\n' 2 20 2 100 2 500 4 20 4 100 4 500 ;;
         amp|amp-late) printf -- '--epsilon %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
@@ -85,7 +89,7 @@ flags() {  # the flags of a trial $2 of method $1
         none|tuned|smoothing|mixup|cutout|dropout|flooding) echo "$2" ;;
         amp-late) echo "--method amp --method-start 0.7 $2" ;;
         smoothout-filter) echo "--method smoothout --adapt-type filter $2" ;;
-        lsoftmax-mild) echo "--method lsoftmax $2" ;;
+        dma-late|lsoftmax-mild) echo "--method ${1%-*} $2" ;;
         momentum-sam) echo "--method sam --direction momentum $2" ;;
         large_margin) echo "--method large_margin $layers $2" ;;
         *) echo "--method $1 $2" ;;

@@ -331,7 +331,8 @@ def test_combinations_take_what_each_method_chose_alone_in_trials_of_before(stag
     result, _ = stage.call('search.sh', LIST='1', **{**variables, 'COMBINATIONS': 'amp+sam'})
     assert result.returncode == 2
     assert result.stderr == 'error: COMBINATIONS can be one or several of: dma amp smoothing; was given sam\n'
-    for combination, words in (('amp-late+dma', 'amp-late, as --method-start'), ('amp', 'one method, which is for')):
+    for combination, words in (('amp-late+dma', 'begins late, as --method-start'),
+                               ('sam+dma-late', 'begins late'), ('amp', 'one method, which is for')):
         result, _ = stage.call('search.sh', LIST='1', **{**variables, 'COMBINATIONS': combination})
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
