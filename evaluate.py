@@ -69,16 +69,17 @@ def main():
         raise UserError(f'--attack needs to know the pixels, and {subject.path} has a model that transforms its '
                         'images itself; '
                         'give --no-augment to evaluate it on the images as they are')
-    batches = checkpoints.images_of(subject, args.mode, args)
-    landscape = checkpoints.landscape(subject, batches)
-    landscape.tta = {None: subject.args.tta, 'mirror': 'mirror', 'none': None}[args.tta]
-    if args.logit_adjust:
-        landscape.adjust = logit_adjustment(subject, args.logit_adjust)
+    tta = {None: subject.args.tta, 'mirror': 'mirror', 'none': None}[args.tta]
     if args.as_run:
-        told = {**vars(subject.args), 'logit_adjust': args.logit_adjust, 'tta': landscape.tta}
+        told = {**vars(subject.args), 'logit_adjust': args.logit_adjust, 'tta': tta}
         changed = {name: told[name] for name in ('dataset', 'data', 'precision', 'tta', 'logit_adjust')
                    if name in args.given}
         files = as_run.read(subject, changed, args.as_run)
+    batches = checkpoints.images_of(subject, args.mode, args)
+    landscape = checkpoints.landscape(subject, batches)
+    landscape.tta = tta
+    if args.logit_adjust:
+        landscape.adjust = logit_adjustment(subject, args.logit_adjust)
     predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)
     with ProgressLine(args.mode, len(batches)) as bar:
         measured = landscape.measure(meter=predictions, bar=bar)

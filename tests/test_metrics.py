@@ -300,6 +300,7 @@ def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(name, file, 
     ('plain/checkpoint', '--as-run {}/new', 'would be the same run again; give --logit-adjust, --tta or --precision'),
     ('plain/checkpoint', '--tta none --as-run {}/new', 'would be the same run again'),
     ('plain/checkpoint', '--tta mirror --as-run {}', 'holds a run already; name another folder'),
+    ('plain/checkpoint', '--tta mirror --as-run {}/args.json', 'is not a folder that may be written to; give another'),
     ('conditioned/checkpoint', '--tta mirror --as-run {}/new', 'of epoch 2; .* is of epoch 3'),
     ('unfinished/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; unfinished'),
     ('alone/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; broken')])

@@ -4,7 +4,7 @@ import os
 from utils import metrics, output
 from utils.errors import UserError
 from utils.files import digest, write_json
-from utils.lab import runs as lab_runs
+from utils.lab import checkpoints, runs as lab_runs
 from utils.logger import Logger, read_lines
 
 
@@ -15,6 +15,7 @@ def read(subject, changed, folder):
     changed: flag -> its value, of what evaluate.py was told. folder: that of the new run. UserError unless the run is
     finished, the checkpoint is that of its result, the flags make another setting, and `folder` holds no run.
     """
+    checkpoints.check_output_folder(folder, '--as-run')
     source = os.path.dirname(subject.path) or '.'
     flags = lab_runs.Flags(subject.state['script'])
     runs, others = lab_runs.read_runs([source], flags)

@@ -129,14 +129,14 @@ def open_checkpoint(path, args, parser):
     return Subject(path, script, state, asked, model.eval(), device)
 
 
-def check_output_folder(folder):
+def check_output_folder(folder, flag='--out'):
     """UserError unless files can be written to `folder`, which may not be there yet."""
     existing = folder or '.'
     while not os.path.exists(existing):
         existing = os.path.dirname(existing) or '.'
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
         raise UserError(f'results cannot be written to {folder or "."}, as {existing} is not a folder that may be '
-                        'written to; give another --out')
+                        f'written to; give another {flag}')
 
 
 def check_alike(subjects):
