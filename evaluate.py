@@ -73,7 +73,7 @@ def main():
     if args.as_run:
         told = {**vars(subject.args), 'logit_adjust': args.logit_adjust, 'tta': tta}
         changed = {name: told[name] for name in ('dataset', 'data', 'precision', 'tta', 'logit_adjust')
-                   if name in args.given}
+                   if name in args.given and name in told}  # imagenet.py has no --dataset
         files = as_run.read(subject, changed, args.as_run)
     batches = checkpoints.images_of(subject, args.mode, args)
     landscape = checkpoints.landscape(subject, batches)
@@ -83,7 +83,8 @@ def main():
     predictions = metrics.Predictions(len(batches), batches.num_classes, subject.device)
     with ProgressLine(args.mode, len(batches)) as bar:
         measured = landscape.measure(meter=predictions, bar=bar)
-    by_class, confusion = metrics.of_classes(*predictions.of_all_images())
+    probabilities, targets = predictions.of_all_images()
+    by_class, confusion = metrics.of_classes(probabilities, targets)
     print(f'{subject.path}, of epoch {subject.state["epoch"]} | {metrics_line(args.mode, measured)}')
     print(metrics.class_report(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
     if args.ss is not None:
@@ -96,7 +97,7 @@ def main():
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
     if args.as_run:
-        as_run.write(args.as_run, files, measured, by_class, environment(subject.device))
+        as_run.write(args.as_run, files, measured, by_class, len(targets), environment(subject.device))
         print(f'as a run     {args.as_run}')
 
 

@@ -35,10 +35,11 @@ def read(subject, changed, folder):
     return args, read_lines(os.path.join(source, 'log.txt')), result
 
 
-def write(folder, files, tested, by_class, environment):
+def write(folder, files, tested, by_class, images, environment):
     """Make `folder` the run that `read` gave as `files`, but with these test results.
 
-    tested, by_class: what a Meter and `metrics.of_classes` gave of all test images. environment: where that was done.
+    tested, by_class: what a Meter and `metrics.of_classes` gave of the test images. images: how many these are.
+    environment: where that was done.
     """
     args, log, result = files
     names, *rows = log
@@ -50,7 +51,7 @@ def write(folder, files, tested, by_class, environment):
     args |= {'checkpoint': folder, 'environment': {
         name: ', '.join(dict.fromkeys(str(own.get(name)) for own in both)) for name in environment}}
     result = {name: value for name, value in result.items() if name != 'check sums'}
-    result |= metrics.in_result(tested, by_class)
+    result |= {**metrics.in_result(tested, by_class), 'test images': images}
     if result['chosen by'] != 'validation':
         result['best'] = {'top1': tested['Top-1'], 'epoch': result['epoch']}
     result['check sums'] = output.check_sums(result, log)
