@@ -92,7 +92,8 @@ def main():
             plots.grid(args.plot, rows, columns_of_grid(args, rows), args)
     else:
         compare(args, runs, flags, between)
-    used = (', '.join(sorted({one.environment[key] for one in runs})) for key in ENVIRONMENT)
+    used = (', '.join(sorted({word for one in runs for word in one.environment[key].split(', ')}))
+            for key in ENVIRONMENT)  # evaluate.py --as-run joins two with a comma
     print('Commit {}; PyTorch {}; device {}.'.format(*used), *others, sep=between, file=notes)
 
 

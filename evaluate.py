@@ -4,7 +4,7 @@
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --ss 0.01 --draws 10
     python evaluate.py checkpoints/cifar10-resnet20/model_best.pth.tar --attack pgd --attack-eps 8/255
     python evaluate.py checkpoints/plain/checkpoint.pth.tar --logit-adjust 1 --as-run checkpoints/adjusted
-    python compare.py checkpoints/plain checkpoints/adjusted
+    python compare.py checkpoints/plain checkpoints/adjusted --baseline "(none)"
 
 The checkpoint knows its network and its data. The confusion matrix is written beside it.
 """
@@ -25,6 +25,7 @@ from utils.lab import as_run, checkpoints
 from utils.lab.attack import Attack
 from utils.script import run_script
 
+OF_THE_RUN = ('mode', 'images', 'no_augment', 'dataset', 'data', 'precision', 'ss', 'attack')  # not with --as-run
 NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
 
 
@@ -48,11 +49,13 @@ def parse_arguments():
     parser.add_argument('--tta', choices=('mirror', 'none'),
                         help='mirror: the mean of the logits of each image and of its mirror image (as in the run)')
     parser.add_argument('--as-run', type=file_path, metavar='DIR',
-                        help='also write the result on the test images as a run of its own, for compare.py, of a run '
-                             'that was trained as this one and is tested with --logit-adjust, --tta or --precision')
+                        help='write the result into DIR too, as a run for compare.py: trained as this one, and tested '
+                             'with --logit-adjust or another --tta')
     args = parser.parse_args()
-    if args.as_run and (args.mode != 'test' or args.images):
-        parser.error('--as-run is of all test images, so without --mode and --images')
+    for flag in OF_THE_RUN if args.as_run else ():
+        if flag in args.given:
+            parser.error(f'--as-run and {parser.spelling(flag)} exclude each other: it is of the test images of '
+                         'the run, in its precision')
     for name, flags in NEEDING.items():
         for flag in flags if getattr(args, name) is None else ():
             if flag in args.given:
@@ -71,10 +74,8 @@ def main():
                         'give --no-augment to evaluate it on the images as they are')
     tta = {None: subject.args.tta, 'mirror': 'mirror', 'none': None}[args.tta]
     if args.as_run:
-        told = {**vars(subject.args), 'logit_adjust': args.logit_adjust, 'tta': tta}
-        changed = {name: told[name] for name in ('dataset', 'data', 'precision', 'tta', 'logit_adjust')
-                   if name in args.given and name in told}  # imagenet.py has no --dataset
-        files = as_run.read(subject, changed, args.as_run)
+        adjusted_by = {'logit_adjust': args.logit_adjust} if args.logit_adjust else {}
+        files = as_run.read(subject, {'tta': tta, **adjusted_by}, args.as_run)
     batches = checkpoints.images_of(subject, args.mode, args)
     landscape = checkpoints.landscape(subject, batches)
     landscape.tta = tta

@@ -155,4 +155,4 @@ for method in none $METHODS $COMBINATIONS; do
     done
 done
 OUT=$OUT/table
-finish --baseline '(none)'
+finish --baseline "$plain"

@@ -20,7 +20,7 @@ from PIL import Image
 import cifar
 import compare
 import evaluate
-from utils import conditions, datasets, metrics
+from utils import checkpoint, conditions, datasets, metrics
 from utils.errors import UserError
 from utils.eval import Meter, cross_entropy
 from utils.lab.landscape import Landscape
@@ -270,52 +270,65 @@ def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, eval
         assert np.trace(seen['confusion']) / len(split.labels) == pytest.approx(seen['measured']['Top-1'] / 100)
 
 
-@pytest.mark.parametrize('name, file, flags, row', [('plain', 'checkpoint', '--logit-adjust 0.5', '--logit-adjust 0.5'),
-                                                    ('conditioned', 'model_best', '--tta mirror', '--tta mirror')])
-def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(name, file, flags, row, runs, evaluated, tmp_path,
-                                                                    monkeypatch, capsys):
-    before, other = contents(runs / name), tmp_path / 'other'
-    seen = evaluated(f'{runs}/{name}/{file}.pth.tar {flags} --as-run {other} -o {tmp_path}')
-    assert contents(runs / name) == before and f'as a run     {other}' in seen['printed']
-    trained, result = result_of(runs / name), result_of(other)
+@pytest.mark.parametrize('flags', ['--logit-adjust 0.5', '--tta mirror'])
+def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(flags, runs, evaluated, tmp_path, monkeypatch,
+                                                                    capsys):
+    before, other = contents(runs / 'plain'), tmp_path / 'other'
+    seen = evaluated(f'{runs}/plain/checkpoint.pth.tar {flags} --as-run {other} -o {tmp_path}')
+    assert contents(runs / 'plain') == before and f'as a run     {other}' in seen['printed']
+    trained, result = result_of(runs / 'plain'), result_of(other)
     for quantity, value in (seen['measured'] | seen['by class']).items():
         assert result[f'test {quantity.lower()}'] == value
     assert result['test loss'] != trained['test loss'] and result['test ece'] == result['test calibration error']
-    assert {key: result[key] for key in ('epoch', 'parameters', 'steps', 'seconds')} == {
-        key: trained[key] for key in ('epoch', 'parameters', 'steps', 'seconds')}
-
-    own, log = read_log(runs / name / 'log.txt'), read_log(other / 'log.txt')
+    for name in ('epoch', 'parameters', 'steps', 'seconds', 'test images', 'chosen by'):
+        assert result[name] == trained[name]
+    own, log = read_log(runs / 'plain/log.txt'), read_log(other / 'log.txt')
     assert all(log[column] == own[column] for column in own if not column.startswith('Test'))
-    if name == 'plain':  # otherwise the validation images, which it does not look at, chose the epoch
-        assert log['Test Top-1'][-1] == pytest.approx(result['test top-1'], rel=1e-5) == result['best']['top1']
-        assert [math.isnan(value) for value in log['Test Top-1']] == [True, False]
+    assert log['Test Top-1'][-1] == pytest.approx(result['test top-1'], rel=1e-5) == result['best']['top1']
+    assert [math.isnan(value) for value in log['Test Top-1']] == [True, False]
 
-    call(monkeypatch, compare, f'{runs / name} {other} --baseline "(none)"')
-    printed = capsys.readouterr().out
-    assert f'\n{row} ' in printed and 'broken' not in printed and 'left out' not in printed
-    assert f'{result["test top-1"]:.2f}' in printed and f'{trained["test top-1"]:.2f}' in printed
+    for baseline in ('(none)', flags):
+        call(monkeypatch, compare, f'{runs / "plain"} {other} --baseline "{baseline}"')
+        printed = capsys.readouterr().out
+        assert f'\n{flags} ' in printed and f'Difference: to `{baseline}`' in printed
+        assert 'broken' not in printed and 'left out' not in printed
+        assert f'{result["test top-1"]:.2f}' in printed and f'{trained["test top-1"]:.2f}' in printed
 
 
 @pytest.mark.parametrize('file, flags, sentence', [
-    ('plain/checkpoint', '--as-run {}/new', 'would be the same run again; give --logit-adjust, --tta or --precision'),
+    ('plain/checkpoint', '--as-run {}/new', 'would be the same run again; give --logit-adjust or another --tta'),
     ('plain/checkpoint', '--tta none --as-run {}/new', 'would be the same run again'),
-    ('plain/checkpoint', '--tta mirror --as-run {}', 'holds a run already; name another folder'),
-    ('plain/checkpoint', '--tta mirror --as-run {}/args.json', 'is not a folder that may be written to; give another'),
-    ('conditioned/checkpoint', '--tta mirror --as-run {}/new', 'of epoch 2; .* is of epoch 3'),
+    ('plain/checkpoint', '--tta mirror --as-run {}/plain', 'there is a run in .*/plain; name another folder'),
+    ('plain/checkpoint', '--tta mirror --as-run {}', 'there is a run in .*/'),
+    ('plain/checkpoint', '--tta mirror --as-run {}/plain/new', 'there is a run in .*/plain;'),
+    ('plain/checkpoint', '--tta mirror --as-run {}/file', 'is not a folder that may be written to; give another'),
+    ('early/model_best', '--tta mirror --as-run {}/new', 'has its result of, of epoch 2; .* is of epoch 1'),
+    ('conditioned/model_best', '--tta mirror --as-run {}/new', 'needs a run without --val-split'),
     ('unfinished/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; unfinished'),
     ('alone/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; broken')])
-def test_it_is_of_the_checkpoint_of_a_finished_run(file, flags, sentence, runs, evaluated, tmp_path):
-    for name in ('unfinished', 'alone', 'conditioned', 'plain'):
-        shutil.copytree(runs / ('conditioned' if name == 'conditioned' else 'plain'), tmp_path / name)
-    os.remove(tmp_path / 'unfinished/result.json')
-    os.remove(tmp_path / 'alone/args.json')
-    result = result_of(tmp_path / 'conditioned')
-    (tmp_path / 'args.json').write_text('{}')
-    if result['epoch'] == 3:
-        pytest.fail('validation chose the last epoch, so that no checkpoint is of another')
-    with pytest.raises(UserError, match=sentence.replace('2;', f'{result["epoch"]};')):
+def test_it_is_of_the_last_epoch_of_a_finished_run(file, flags, sentence, runs, evaluated, tmp_path):
+    name = file.split('/')[0]
+    folder = shutil.copytree(runs / ('conditioned' if name == 'conditioned' else 'plain'), tmp_path / name)
+    (tmp_path / 'file').touch()
+    if name == 'unfinished':
+        os.remove(folder / 'result.json')
+    if name == 'alone':
+        os.remove(folder / 'args.json')
+    if name == 'early':
+        state = torch.load(folder / 'checkpoint.pth.tar', weights_only=True)
+        checkpoint.save(folder / 'model_best.pth.tar', state | {'epoch': 1, 'log': state['log'][:2]})
+    before = contents(folder)
+    with pytest.raises(UserError, match=sentence):
         evaluated(f'{tmp_path}/{file}.pth.tar {flags.format(tmp_path)}')
-    assert not (tmp_path / 'new').exists()
+    assert not (tmp_path / 'new').exists() and contents(folder) == before
+
+
+@pytest.mark.parametrize('flag', ['--mode train', '--images 5', '--no-augment', '-d digits', '--data x',
+                                  '--precision fp64', '--ss 0.1', '--attack fgsm'])
+def test_it_is_of_the_test_images_of_the_run(flag, runs, evaluated, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluated(f'{runs}/plain/checkpoint.pth.tar --tta mirror {flag} --as-run {tmp_path}/new')
+    assert 'exclude each other: it is of the test images of the run' in capsys.readouterr().err
 
 
 def test_the_training_images_are_augmented_as_in_training_and_always_the_same(runs, evaluated, tmp_path):

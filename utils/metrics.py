@@ -54,8 +54,8 @@ def of_classes(probabilities, targets):
 
 
 def in_result(tested, by_class):
-    """What a Meter and `of_classes` gave of the test images, by its names in result.json; two have a second name there,
-    the field's.
+    """What a Meter and `of_classes` gave of the test images, by its names in result.json; loss and calibration error
+    are there as NLL and ECE too.
     """
     named = {**tested, **by_class, 'NLL': tested['Loss'], 'ECE': by_class['calibration error']}
     return {f'test {name}'.lower(): value for name, value in named.items()}

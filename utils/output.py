@@ -30,8 +30,8 @@ def never_saved(folder):
 
 
 def check_sums(result, log):
-    """What RESULT has as 'check sums', for compare.py. result: all else that it holds. log: the words of each line."""
-    timeless = {name: value for name, value in result.items() if name not in SECONDS}
+    """What RESULT has as 'check sums', for compare.py. result: what it holds. log: the words of each line."""
+    timeless = {name: value for name, value in result.items() if name not in ('check sums', *SECONDS)}
     return {'log.txt': digest([line[:-1] for line in log]), RESULT: digest(timeless)}
 
 

@@ -50,7 +50,7 @@ def why_not(folder):
     except UserError as error:
         return str(error)
     commit = lab_runs.read_dict(folder, 'args.json').get('environment', {}).get('commit')
-    if not commit or 'with changes' in commit:
+    if not commit or 'with changes' in commit or 'unknown' in commit:
         return f'its code is that of commit {commit or "unknown"}; commit the changes, and run it again'
     return None
 

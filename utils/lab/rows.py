@@ -74,6 +74,8 @@ def find_baselines(asked, settings, names, differing, flags):
     if asked is None:
         plain = {flags.without_methods(own[0].setting): own for own in settings if own[0].setting['method'] == ()}
         found = [plain.get(flags.without_methods(own[0].setting)) for own in settings]
+    elif names.count(asked) == 1:
+        found = [settings[names.index(asked)]] * len(settings)
     else:
         given, wanted = flags.read(asked.replace('(none)', ''))
         fitting = [own for own in settings if all(

@@ -239,10 +239,9 @@ def check_result(result, lines):
     """ValueError unless result.json and log.txt are as the run wrote them; earlier versions wrote no check sums."""
     if 'check sums' not in result:
         return
-    written = result['check sums']
-    held = output.check_sums({name: value for name, value in result.items() if name != 'check sums'}, lines)
+    held = output.check_sums(result, lines)
     for name in ('result.json', 'log.txt'):
-        check_sum(name, held[name], written[name])
+        check_sum(name, held[name], result['check sums'][name])
     seconds = [float(line[-1]) for line in lines[1:] if line[-1] != 'nan']
     if (result['seconds per epoch'] != sum(seconds) / max(len(seconds), 1)
             or result.get('seconds', sum(seconds)) != sum(seconds)):
