@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from helpers import call, write_run
 
 import cifar
 import compare
@@ -32,7 +33,7 @@ for word; do line="$line${line:+, }\\"$word\\""; done
 case $1 in
     scripts/jobs.py) exec "$REAL" "$@" ;;
     -m) ls "$3" | head -n 1; exit ;;
-    compare.py) echo "table of $2"; exit ;;
+    compare.py) echo "table of $2"; echo "[$line]" > "$RECORD.compare"; exit ;;
 esac
 echo "[$line]" >> "$RECORD"
 while [ "$1" != --checkpoint ]; do shift; done
@@ -344,13 +345,18 @@ def test_every_method_has_as_many_trials(stage):
     assert len(trials) == 6 and set(trials.values()) == {6}
 
 
-def test_tuned_is_the_plain_network_with_other_rates_and_weight_decays(stage):
+def test_tuned_is_the_plain_network_with_other_rates_and_weight_decays(stage, tmp_path, monkeypatch, capsys):
     result, commands = stage.call('search.sh', METHODS='tuned', TUNED='0.3:0 0.4:0.01', TRIAL_SEEDS='1', SEEDS='1')
     assert result.returncode == 0, result.stderr
     of_tuned = [vars(cifar.make_parser().parse_args(command)) for command in commands
                 if '/tuned/' in value(command, '--checkpoint')]
     assert [(args['lr'], args['weight_decay'], args['val_split'], args['method']) for args in of_tuned] == [
         (0.3, 0, 0.1, []), (0.4, 0.01, 0.1, []), (0.3, 0, None, [])]
+    for number, command in enumerate(command for command in commands if '--val-split' not in command):
+        write_run(tmp_path / f'runs/{number}', shlex.join(command[:command.index('--checkpoint')]))
+    words = json.loads((tmp_path / 'record.compare').read_text())
+    call(monkeypatch, compare, shlex.join([str(tmp_path / 'runs'), *words[2:]]))  # with two rows without a method
+    assert 'Difference: to `--lr 0.02 --wd 0.0005`' in capsys.readouterr().out
     result, commands = stage.call('search.sh', METHODS='tuned', TUNED='0.3:0 0.4')
     assert (result.returncode, commands) == (2, [])
     assert result.stderr == 'error: TUNED must be pairs LR:WD, such as 0.005:0.005; was given 0.4\n'
