@@ -274,6 +274,7 @@ def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, eval
 def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(flags, runs, evaluated, tmp_path, monkeypatch,
                                                                     capsys):
     before, other = contents(runs / 'plain'), tmp_path / 'other'
+    (tmp_path / 'log.txt').touch()  # of something else
     seen = evaluated(f'{runs}/plain/checkpoint.pth.tar {flags} --as-run {other} -o {tmp_path}')
     assert contents(runs / 'plain') == before and f'as a run     {other}' in seen['printed']
     trained, result = result_of(runs / 'plain'), result_of(other)

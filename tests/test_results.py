@@ -106,6 +106,8 @@ def test_three_files_of_a_finished_run_are_kept_at_its_place(kept, tmp_path, mon
 @pytest.mark.parametrize('what, change, words', [
     ('unfinished', {'files': {'result.json': None}}, 'epoch 3 of 3, but no result.json'),
     ('with changes', {'args': {'environment': {'commit': 'abc1234 with changes'}}}, 'commit the changes'),
+    ('tested later', {'args': {'environment': {'commit': 'abc1234 with changes, def5678'}}}, 'commit the changes'),
+    ('trained somewhere', {'args': {'environment': {'commit': 'unknown, def5678'}}}, 'commit unknown, def5678'),
     ('no commit', {'args': {'environment': {'commit': None}}}, 'commit unknown'),
     ('mixed', {'args': {**CLEAN, 'changes': ['after epoch 1: lr 0.1 -> 0.2']}}, 'lr 0.1 -> 0.2'),
     ('damaged', {'args': {**CLEAN, 'check sum': '00000000'}}, 'args.json is not what the run wrote')])

@@ -43,10 +43,10 @@ def read(subject, changed, folder):
 def run_at(folder):
     """A run that is in `folder`, below it or around it, where compare.py would see only one of the two; or None."""
     path = pathlib.Path(folder).resolve()
-    for place in (*path.parents, *(pathlib.Path(below) for below, _, _ in os.walk(path))):
-        if (place / 'args.json').exists() or (place / 'log.txt').exists():
-            return place
-    return None
+    if output.results_in(path):
+        return path
+    places = (*path.parents, *(pathlib.Path(below) for below, _, _ in os.walk(path)))
+    return next((place for place in places if (place / 'args.json').exists()), None)
 
 
 def write(folder, files, tested, by_class, images, environment):

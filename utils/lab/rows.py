@@ -67,9 +67,9 @@ def name_settings(settings, flags):
 
 
 def find_baselines(asked, settings, names, differing, flags):
-    """For each setting the runs that it is compared with, or None: the runs of the row that `asked` describes, or where
-    that is None the runs with the same flags but without a method. '(none)' is also the only row without a method,
-    where that has other flags than their defaults.
+    """For each setting the runs that it is compared with, or None: the runs of the row that `asked` names or describes,
+    or where that is None the runs with the same flags but without a method. '(none)' is also the only row without a
+    method, where that has other flags than their defaults.
     """
     if asked is None:
         plain = {flags.without_methods(own[0].setting): own for own in settings if own[0].setting['method'] == ()}
