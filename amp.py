@@ -258,6 +258,11 @@ def optimizer(args, model, steps_per_epoch):
     if getattr(args, off) == 0 and unused - {off}:
         flag, cause = (f'--{name.replace("_", "-")}' for name in (min(unused - {off}), off))
         raise ValueError(f'{flag} does nothing with {cause} 0, which is plain SGD')
+    furthest = args.inner_iter * args.inner_lr * (args.clip_norm or math.inf)
+    if 0 < furthest <= args.epsilon:
+        raise ValueError(f'--epsilon {args.epsilon:g} is never reached, as --clip-norm {args.clip_norm:g} shortens the '
+                         f'gradient that AMP climbs along too, to at most {furthest:g} in all; give a larger '
+                         '--clip-norm or --inner-lr, or a smaller --epsilon')
     return functools.partial(AMP, epsilon=args.epsilon, inner_lr=args.inner_lr, inner_iter=args.inner_iter,
                              perturbation=args.perturbation, **climbing_options(args, model))
 

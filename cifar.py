@@ -99,11 +99,11 @@ def parse_arguments():
     methods.check_arguments(args, parser)
     try:
         args.arch_options = arch_options(args)
-        with torch.device('meta'):
-            model = models.build(args.arch, 2, methods.build_head(args), **args.arch_options)
+        model = memory.without_weights(
+            lambda: models.build(args.arch, 2, methods.build_head(args), **args.arch_options))
     except ValueError as error:
         parser.error(str(error))
-    validate(args, state, model.regime, parser)
+    validate(args, state, model.regime, parser, model)
     if 'workers' in args.given and not uses_workers(args, model):
         parser.error('--workers is for --dataset folder or module:Class, --auto-augment or a model with transforms of '
                      'its own')
@@ -282,7 +282,7 @@ def make_batches(args, state, part, split, device, transforms={}):
             transform = image_batches.auto_augment(name)
         move = not args.no_augment and 'train' not in transforms
         padding = 4 if args.crop_padding is None else args.crop_padding
-        flip = known.flip and move and (args.hflip != 'alternating' or 'alternating')
+        flip = known.flip and move and {'none': False, 'alternating': 'alternating'}.get(args.hflip, True)
         augment = {'padding': padding if move else 0, 'flip': flip, 'cutout': args.cutout,
                    'crop_mode': args.crop_mode or 'zero'}
         mix = folders.mixing(args.mixup, args.cutmix, len(split.classes))

@@ -80,7 +80,8 @@ def parse_arguments():
         parser.error(str(error))
     if (args.resize or size) < size:
         parser.error(f'--resize {args.resize} is less than the side of the images, which is {size}')
-    validate(args, state, models.REGIME, parser)
+    architecture = {'arch': args.arch, **args.arch_options, 'num_classes': 2}
+    validate(args, state, models.REGIME, parser, memory.without_weights(lambda: build(args, architecture)))
     return args, state
 
 
@@ -254,7 +255,7 @@ def make_batches(args, state, part, folder, device):
         if not args.no_augment:
             alternate = args.hflip == 'alternating'
             transform = folders.training_transform(how['size'], args.auto_augment, how['interpolation'],
-                                                   args.random_erase, mean, flip=not alternate)
+                                                   args.random_erase, mean, flip=args.hflip in (None, 'random'))
     return folders.ImageBatches(folder, mean, std, batch_size, device, transform, args.workers, mix, args.strict,
                                 alternate)
 

@@ -50,6 +50,7 @@ class LSoftmaxLinear(nn.Linear):
     Raises ValueError for training without targets and for an option out of range. A zero vector has cosine 0 and
     finite gradients. The logits have derivatives of every order, by torch.autograd and by torch.func.
     """
+    begins_anew = ('beta',)  # in another training that begins with these weights
 
     def __init__(self, in_features, out_features, margin=4, beta=100.0, beta_decay=0.99, beta_min=0.0,
                  beta_schedule='decay', beta_gamma=0.75, beta_power=35.0):

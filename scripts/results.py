@@ -18,6 +18,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = re.compile(r'(^    python ((?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown)\n\n)'
                    r'(.*?)(^<!-- end -->$)', re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r'^    python (?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown$',
+                     re.MULTILINE)
 PICTURE = re.compile(r'^    python (compare\.py results/(?:[^\n]|\\\n)*? --plot \S+)$', re.MULTILINE)
 
 
@@ -41,10 +43,17 @@ def printed(words):
 
 
 def main():
+    if len(sys.argv) == 1:
+        sys.exit('error: name the documents, such as docs/results.md')
     for path in map(pathlib.Path, sys.argv[1:]):
+        if not path.is_file():
+            sys.exit(f'error: there is no document {path}')
         text = path.read_text(encoding='utf-8')
         if not tables(text):
             sys.exit(f'error: {path} has no table that a command of compare.py prints')
+        if (commands := len(COMMAND.findall(text))) != len(tables(text)):
+            sys.exit(f'error: {path} has {commands} commands, and {len(tables(text))} tables that end with <!-- end -->; '
+                     'each needs one')
         outputs = [printed(words) for words, _ in tables(text)]
         print(*outputs, sep='\n', end='')
         for command in PICTURE.findall(text):

@@ -13,6 +13,9 @@
 # resumed, and refused if its flags were others: use another OUT for other flags. Two scripts that run at the same time
 # in one OUT need different seeds or networks.
 
+for word; do
+    [[ $word != -h && $word != --help ]] || { sed -n '2,/^[^#]/s/^# \?//p' "$0"; exit; }
+done
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if [ -x .venv/bin/python ]; then

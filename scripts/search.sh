@@ -22,7 +22,7 @@
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
-METHODS=${METHODS//none/}
+METHODS=$(printf '%s\n' ${METHODS//none/} | awk '!seen[$0]++' | xargs)
 COMBINATIONS=${COMBINATIONS:-}
 LAYERS=${LAYERS:-input layer1 layer2}
 LRS=${LRS:-0.02 0.05 0.1}
@@ -30,6 +30,18 @@ TUNED=${TUNED:-0.002:0.005 0.005:0.005 0.01:0.005 0.02:0.02 0.02:0.05 0.02:0.1}
 TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
+for word; do
+    case ${word%%=*} in
+        --lr|--learning-rate|--wd|--weight-decay) variable='LRS and TUNED' ;;
+        --method) [ "$METHODS" ] || continue; variable=METHODS ;;
+        --manualSeed) variable='TRIAL_SEEDS and SEEDS' ;;
+        -c|--checkpoint) variable=OUT ;;
+        --val-split|--resume|--overwrite) variable='the search itself' ;;
+        *) continue ;;
+    esac
+    echo "error: ${word%%=*} for every run would undo the search; that is said by $variable" >&2
+    exit 2
+done
 only METHODS dma dma-late lsoftmax lsoftmax-mild amp amp-late smoothout smoothout-filter large_margin sam \
     momentum-sam arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
 for pair in $TUNED; do

@@ -267,6 +267,8 @@ def restored(batches, state_images):
 def test_by_default_images_are_cropped_and_those_that_may_be_are_mirrored(dataset, flip, few):
     batches = load_batches(f'-d {dataset}')['train']
     assert (batches.padding, batches.flip, batches.cutout, batches.transform) == (4, flip, None, None)
+    batches = load_batches('-d cifar10 --hflip none')['train']
+    assert (batches.padding, batches.flip) == (4, False)
 
 
 @pytest.mark.parametrize('flags, padding, mode', [

@@ -263,6 +263,26 @@ def test_error_turns_accuracies_around_and_no_verdict(metrics, table, monkeypatc
     assert 'Top-1 test error in percent' in capsys.readouterr().out
 
 
+def test_a_higher_error_in_training_is_called_higher(table, tmp_path):
+    log = 'Epoch\tLearning Rate\tTrain Loss\tTrain Top-1\tTest Loss\tTest Top-1\tSeconds\n1\t0.1\t1\t{}\t1\t50\t2.5\n'
+    for seed in range(6):
+        for name, flags, top1 in (('none', '', 95), ('amp', '--method amp', 90 - seed / 10)):
+            write_run(tmp_path / f'{name}/{seed}', flags, seed=seed, curve=(50.0,), files={'log.txt': log.format(top1)})
+    for flags, difference, word in (((), -5.25, 'lower'), (('--error',), 5.25, 'higher')):
+        row = table(tmp_path, '--metric', 'train', *flags)[0]['--method amp']
+        assert (row['difference mean'], row['verdict']) == (pytest.approx(difference), word)
+
+
+def test_coef_of_a_baseline_is_that_of_the_method_that_has_one(table, tmp_path):
+    for coef in (1, 5):
+        write_run(tmp_path / f'{coef}', f'--method amp dma --dma-coef {coef}')
+    for order in ('amp dma', 'dma amp'):
+        rows, _ = table(tmp_path, '--baseline', f'--method {order} --coef 5')
+        assert [row['difference mean'] for row in rows.values()] == [0.0, '']
+    with pytest.raises(UserError, match='asks for help, and names no row'):
+        table(tmp_path, '--baseline=--help')
+
+
 @pytest.mark.parametrize('flags', ['--method amp', '--method amp --epsilon 0.50', '--dataset cifar10 --method amp'])
 def test_another_row_can_be_the_baseline(flags, metrics, table):
     rows, _ = table(metrics, '--baseline', flags)

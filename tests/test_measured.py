@@ -68,13 +68,40 @@ def test_numbers_of_measure_sharpness(tmp_path, monkeypatch, capsys):
                'box': {'sharpness': 3.0, 'corners': {'sharpness': 4.0}}, 'trace': {'trace': 7.0},
                'eigenvalues': {'largest': [6.0, 5.0]}}
     write_run(tmp_path / 'a', files={'checkpoint-sharpness.json': sharpness(**results)})
-    names = {'train loss': 0.1, 'ball': 2.5, 'noise': 0.25, 'box': 3, 'box corners': 4, 'trace': 7,
+    names = {'test loss': 0.1, 'ball': 2.5, 'noise': 0.25, 'box': 3, 'box corners': 4, 'trace': 7,
              'largest eigenvalue': 6}
     found = rows(monkeypatch, capsys, f'{tmp_path} --measured ' + ' '.join(f'"{name}"' for name in names))['(none)']
     assert {name: float(found[f'{name} mean']) for name in names} == names
     write_run(tmp_path / 'b', seed=2, files={'checkpoint-sharpness.json': sharpness(box={'sharpness': 1.0})})
     call(monkeypatch, compare, f'{tmp_path} --measured "box corners"')
-    assert f'left out: {tmp_path}/b (no box corners was measured of its result)' in capsys.readouterr().out
+    assert f'left out: {tmp_path}/b (no finite box corners was measured of its result)' in capsys.readouterr().out
+
+
+def test_the_loss_is_named_after_its_images(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / 'a', files={'checkpoint-sharpness.json': sharpness(loss={'Loss': 0.25})})
+    assert float(rows(monkeypatch, capsys, f'{tmp_path} --measured "test loss"')['(none)']['test loss mean']) == 0.25
+    with pytest.raises(UserError, match='--measured train loss is in none of these runs; measured are test loss'):
+        call(monkeypatch, compare, f'{tmp_path} --measured "train loss"')
+
+
+@pytest.mark.parametrize('value', ['NaN', '-Infinity'])
+def test_a_number_that_is_not_finite_is_left_out(value, runs, monkeypatch, capsys):
+    (runs / 'dma/3/checkpoint-margins.json').write_text(json.dumps([margins(15.0)]).replace('15.0', value))
+    call(monkeypatch, compare, f'{runs} --measured "angular margin"')
+    printed = capsys.readouterr().out
+    assert 'nan' not in printed and f'left out: {runs}/dma/3 (no finite angular margin was measured' in printed
+
+
+def test_what_was_measured_of_an_earlier_checkpoint_does_not_count(runs, monkeypatch, capsys):
+    def of(crc32, value, epoch=3):
+        entry = margins(value, epoch=epoch)
+        entry['settings']['checkpoint']['crc32'] = crc32
+        return entry
+
+    for earlier in (of(1, 99.0), of(1, 99.0, epoch=2)):  # the run was trained again, or further
+        (runs / 'none/0/checkpoint-margins.json').write_text(json.dumps([earlier, of(2, 10.0)]))
+        found = rows(monkeypatch, capsys, f'{runs} --measured "angular margin"')
+        assert float(found['(none)']['angular margin mean']) == pytest.approx(12.5)
 
 
 def test_of_a_run_with_validation_images_the_best_epoch_counts(tmp_path, monkeypatch, capsys):

@@ -306,7 +306,8 @@ def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(flags, runs,
     ('early/model_best', '--tta mirror --as-run {}/new', 'has its result of, of epoch 2; .* is of epoch 1'),
     ('conditioned/model_best', '--tta mirror --as-run {}/new', 'needs a run without --val-split'),
     ('unfinished/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; unfinished'),
-    ('alone/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; broken')])
+    ('alone/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; broken'),
+    ('other/checkpoint', '--tta mirror --as-run {}/new', 'is of other flags or another seed than .*/other/args.json')])
 def test_it_is_of_the_last_epoch_of_a_finished_run(file, flags, sentence, runs, evaluated, tmp_path):
     name = file.split('/')[0]
     folder = shutil.copytree(runs / ('conditioned' if name == 'conditioned' else 'plain'), tmp_path / name)
@@ -315,6 +316,9 @@ def test_it_is_of_the_last_epoch_of_a_finished_run(file, flags, sentence, runs, 
         os.remove(folder / 'result.json')
     if name == 'alone':
         os.remove(folder / 'args.json')
+    if name == 'other':
+        state = torch.load(folder / 'checkpoint.pth.tar', weights_only=True)
+        checkpoint.save(folder / 'checkpoint.pth.tar', state | {'args': state['args'] | {'seed': 77}})
     if name == 'early':
         state = torch.load(folder / 'checkpoint.pth.tar', weights_only=True)
         checkpoint.save(folder / 'model_best.pth.tar', state | {'epoch': 1, 'log': state['log'][:2]})

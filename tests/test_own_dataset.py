@@ -78,6 +78,20 @@ class Words(Stripes):
         return np.zeros((4, 4), dtype=np.uint8), 'cat'
 
 
+class Bfloat(Stripes):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return torch.from_numpy(np.asarray(image) / 255).bfloat16(), label
+
+
+class Ids(Stripes):
+    classes = None
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, 2 ** 40 + label
+
+
 class Refuses(Stripes):
     def __init__(self, root, train):
         raise OSError(f'nothing in {root}')
@@ -192,12 +206,18 @@ def test_a_run_that_reads_with_workers(flags, lazy, monkeypatch):
     ('stripes:Broken', "image 5: a pair .* there was KeyError: 'no image 5'"),
     ('stripes:Floats', 'must be uint8, or float from 0 to 1, was given float64 from 2.5 to 2.5'),
     ('stripes:Words', 'the label must be a whole number, was given cat'),
+    ('stripes:Ids', '.train. has a label 1099511627779, which makes 1099511627780 classes of 48 images; number'),
     ('stripes:Refuses', 'cannot be made .OSError: nothing in data'),
 ])
 def test_what_is_not_a_data_set_is_refused_in_one_sentence(name, sentence, stripes, monkeypatch):
     with pytest.raises(UserError, match=sentence) as error:
         call(monkeypatch, cifar, f'--dataset {name} {FLAGS} -c run')
     assert '\n' not in str(error.value) and not (stripes / 'run').exists()
+
+
+def test_images_of_half_precision_are_read_like_those_of_whole(stripes):
+    whole, half = (own_dataset.load(f'stripes:{name}', '.', 'train', 32, 0).images for name in ('Stripes', 'Bfloat'))
+    assert (whole.int() - half.int()).abs().max() <= 1
 
 
 def test_names_that_are_no_data_set(monkeypatch, capsys):

@@ -57,6 +57,14 @@ def test_a_trial_that_lacks_a_seed_is_not_chosen(trials, monkeypatch, capsys):
     assert f'left out: {trials}/dma-coef-1 (no finished run of seed 102)' in printed.err
 
 
+def test_a_trial_is_one_setting(trials, monkeypatch):
+    write_run(trials / 'dma-coef-1/seed103', '--val-split 0.1 --method dma --dma-coef 1 --lr 0.3', seed=103)
+    with pytest.raises(UserError, match='dma-coef-1 has runs of several settings .lr., and a trial is one setting'):
+        call(monkeypatch, choose, trials)
+    with pytest.raises(UserError, match='is a run itself; name a folder with a folder for each trial'):
+        call(monkeypatch, choose, trials / 'dma-coef-0.1/seed101')
+
+
 def test_runs_without_validation_images_cannot_choose(trials, monkeypatch):
     write_run(trials / 'other' / 'seed101', seed=101)
     with pytest.raises(UserError, match='has no validation images, by which it could be chosen; it needs --val-split'):
@@ -120,6 +128,25 @@ def test_what_nobody_could_repeat_is_refused(what, change, words, kept, tmp_path
     assert [path.name for path in kept.iterdir()] == ['b']
 
 
+def test_a_kept_run_is_not_replaced_by_another(kept, tmp_path, monkeypatch, capsys):
+    for name, top1 in (('dma', 60.0), ('none', 50.0)):
+        write_run(tmp_path / f'elsewhere/{name}/seed1', args=CLEAN, top1=top1)
+    with pytest.raises(UserError, match='1 of 2 runs cannot be kept'):
+        call(monkeypatch, keep, 'elsewhere')
+    assert 'refused: elsewhere/none/seed1 (results/seed1 is another run; remove that' in capsys.readouterr().err
+    assert json.loads((kept / 'seed1/result.json').read_text())['test top-1'] == 60
+    call(monkeypatch, keep, 'elsewhere/dma')  # the same again
+
+
+def test_what_was_measured_before_goes_with_its_file(kept, tmp_path, monkeypatch):
+    write_run(tmp_path / 'checkpoints/a', args=CLEAN, files={'checkpoint-sharpness.json': '[]'})
+    call(monkeypatch, keep, 'checkpoints')
+    assert (kept / 'a/checkpoint-sharpness.json').exists()
+    (tmp_path / 'checkpoints/a/checkpoint-sharpness.json').unlink()
+    call(monkeypatch, keep, 'checkpoints')
+    assert not (kept / 'a/checkpoint-sharpness.json').exists()
+
+
 def test_the_script_keeps_a_run_named_from_anywhere(tmp_path):
     write_run(tmp_path / 'runs/a', files={'result.json': None})
     done = subprocess.run([ROOT / 'scripts/keep.sh', 'runs'], cwd=tmp_path, text=True, capture_output=True, timeout=120)
@@ -161,9 +188,16 @@ def test_a_table_is_printed_again_and_the_text_around_it_stays(results, monkeypa
     assert capsys.readouterr().out == new
     call(monkeypatch, results, document)
     assert document.read_text().count('after') == 1
+    document.write_text(f'{command}old\n\ntext\n\n{command}old\n<!-- end -->\n')
+    with pytest.raises(SystemExit, match='has 2 commands, and 1 tables that end with <!-- end -->; each needs one'):
+        call(monkeypatch, results, document)
+    assert 'text' in document.read_text()
     document.write_text('nothing')
     with pytest.raises(SystemExit, match='has no table that a command of compare.py prints'):
         call(monkeypatch, results, document)
+    for words, sentence in (([tmp_path / 'no.md'], 'there is no document'), ([], 'name the documents')):
+        with pytest.raises(SystemExit, match=sentence):
+            call(monkeypatch, results, *words)
 
 
 def test_every_kept_run_is_whole_and_of_a_commit():

@@ -338,6 +338,35 @@ def test_combinations_take_what_each_method_chose_alone_in_trials_of_before(stag
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize('flags, variable', [
+    ('--lr 0.1', 'LRS and TUNED'), ('--learning-rate=0.1', 'LRS and TUNED'), ('--wd 0', 'LRS and TUNED'),
+    ('--method amp', 'METHODS'), ('--manualSeed 3', 'TRIAL_SEEDS and SEEDS'), ('-c x', 'OUT'),
+    ('--val-split 0.2', 'the search itself')])
+def test_flags_that_would_undo_the_search_are_refused(flags, variable, stage):
+    result, commands = stage.call('search.sh', *flags.split(), LIST='1')
+    assert (result.returncode, commands, result.stdout) == (2, [], '')
+    assert result.stderr == (f'error: {re.split("[ =]", flags)[0]} for every run would undo the search; that is said '
+                             f'by {variable}\n')
+
+
+def test_a_method_that_is_named_twice_is_run_once_and_one_for_every_run_is_taken(stage):
+    twice, once = (stage.call('search.sh', METHODS=names, LIST='1', TRIALS=str(stage.out))[0] for names
+                   in ('dma dma', 'dma'))
+    assert twice.stdout == once.stdout
+    result, _ = stage.call('search.sh', '--method', 'amp', METHODS='none', LIST='1')
+    assert result.stdout.count('--method amp') == 12
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS, *OTHERS])
+def test_help_is_the_text_above_the_script(script, stage):
+    if script == 'run.sh':
+        return
+    result, commands = stage.call(script, '--help')
+    assert result.returncode == 0 and not commands and not result.stderr
+    assert f'scripts/{script} ' in result.stdout and not any(line.startswith('#') for line
+                                                             in result.stdout.splitlines())
+
+
 def test_every_method_has_as_many_trials(stage):
     result, commands = stage.call('search.sh', TRIAL_SEEDS='1', SEEDS='1')
     trials = collections.Counter(tuple(command[command.index('--method') + 1:][:1]) if '--method' in command else ()

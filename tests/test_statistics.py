@@ -88,6 +88,17 @@ def test_the_sign_flip_p_counts_all_changes_of_signs(differences):
     assert sign_flip([-each for each in differences]) == sign_flip(differences)
 
 
+@pytest.mark.parametrize('counts', [[-1, 2, 6, 7, 1, 5, 1], [3, -3, 1, 2, -2, 4, 4, 1], [1, 1, 1, 1, 1, 1, -6]])
+def test_sums_that_are_equal_but_for_rounding_are_ties(counts):
+    """Differences of accuracies of 10,000 images have the p of their counts."""
+    of_counts = sum(abs(sum(sign * each for sign, each in zip(signs, counts))) >= abs(sum(counts)) for signs
+                    in itertools.product((1, -1), repeat=len(counts))) / 2 ** len(counts)
+    for first in (9021, 8765, 7003):
+        differences = [100 * (first + 7 * index + count) / 10000 - 100 * (first + 7 * index) / 10000
+                       for index, count in enumerate(counts)]
+        assert sign_flip(differences) == pytest.approx(of_counts, abs=1e-12) == sign_flip(list(map(float, counts)))
+
+
 def test_the_sign_flip_needs_six_pairs_and_is_drawn_beyond_sixteen():
     assert sign_flip([1.0] * 5) is None and sign_flip([]) is None
     assert sign_flip([1.0] * 6) == 2 / 2 ** 6 and sign_flip([1.0] * 16) == 2 / 2 ** 16

@@ -363,6 +363,12 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method smoothout --smoothing-type anneal --anneal-index nan', '--anneal-index: must be a number, was given nan'
      ),
     ('--method large_margin --cross-entropy-weight -1', '--cross-entropy-weight must be'),
+    ('-d digits --method large_margin hinge --cross-entropy-weight 1', '--cross-entropy-weight 1 does nothing with '
+                                                                       '--method hinge'),
+    ('-d digits --method logit_adjustment large_margin --cross-entropy-weight 1 --label-smoothing 0.1',
+     '--cross-entropy-weight 1 does nothing with --method logit_adjustment'),
+    ('--method amp --epsilon 0.5 --clip-norm 0.4', '--epsilon 0.5 is never reached, as --clip-norm 0.4 shortens'),
+    ('--method amp --epsilon 0.5 --clip-norm 1 --inner-lr 0.1 --inner-iter 5', 'to at most 0.5 in all'),
     ('--method large_margin --layer-weights 1 2', 'a layer weight for each, was given 1 and 2'),
 ])
 def test_what_cannot_be_is_refused_before_anything_is_read_or_written(flags, sentence, monkeypatch, tmp_path, capsys):
@@ -384,6 +390,18 @@ def test_a_resumed_run_keeps_its_beta(few_digits, monkeypatch, tmp_path, capsys)
     call(monkeypatch, f'--resume {tmp_path}/run/checkpoint.pth.tar --epochs 2 --beta-decay 0.5')
     beta = torch.load(f'{tmp_path}/run/checkpoint.pth.tar', weights_only=True)['state_dict']['head.beta'].item()
     assert beta == pytest.approx(7 * 0.99 ** 3 * 0.5 ** 3, rel=1e-5)
+
+
+def test_another_training_with_its_weights_begins_with_its_own_beta(few_digits, monkeypatch, tmp_path, capsys):
+    flags = '-d digits --depth 8 --train-batch 32 --epochs 1 --method lsoftmax'
+    call(monkeypatch, f'{flags} -c {tmp_path}/first')
+    call(monkeypatch, f'{flags} --beta 50 --beta-schedule decay --init {tmp_path}/first/checkpoint.pth.tar --lr 0 '
+                      f'-c {tmp_path}/second')
+    first, second = (torch.load(f'{tmp_path}/{name}/checkpoint.pth.tar', weights_only=True)['state_dict'] for name
+                     in ('first', 'second'))
+    assert first['head.beta'] < 0.1 and second['head.beta'].item() == pytest.approx(50 * 0.99 ** 3, rel=1e-5)
+    assert torch.equal(first['head.weight'], second['head.weight'])
+    assert 'beta' not in capsys.readouterr().out.split('--init', 1)[1].split('epoch')[0]
 
 
 def test_the_noise_of_another_optimizer_is_not_resumed(few_digits, monkeypatch, tmp_path):

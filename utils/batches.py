@@ -336,8 +336,8 @@ def alpha(text):
 
 def add_mixing(group):
     """The flags about mirroring and mixing."""
-    group.add_argument('--hflip', choices=('random', 'alternating'),
-                       help='mirror each image at random, or in every second epoch (random)')
+    group.add_argument('--hflip', choices=('random', 'alternating', 'none'),
+                       help='mirror each image at random, in every second epoch, or never (random)')
     group.add_argument('--mixup', type=alpha, default=0.0, metavar='ALPHA', help='mix pairs of images (0)')
     group.add_argument('--cutmix', type=alpha, default=0.0, metavar='ALPHA',
                        help='put a rectangle of one image into another; with --mixup, each batch one of the two (0)')

@@ -38,6 +38,20 @@ def read(path, script=None):
     return state
 
 
+def check_written(path):
+    """UserError if the checkpoint that a run has just written cannot be read, as of what an optimizer of one's own
+    keeps.
+    """
+    try:
+        read(path)
+    except UserError as error:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        held = f'it holds {", ".join(foreign)[:200]}' if foreign else str(error)
+        raise UserError(f'the run could not be resumed, as the checkpoint that it has just written cannot be read '
+                        f"({held}); the optimizer's state, and the options of its groups, must be tensors, numbers, "
+                        'strings, lists and dicts') from error
+
+
 def _read_file(path):
     if os.path.isdir(path):
         raise UserError(f'{path} is a folder; name a checkpoint in it, such as {os.path.join(path, output.LAST)}')
@@ -70,7 +84,8 @@ def initialise(model, path):
     """Begin with the weights in `path`, a checkpoint or a state_dict, where names and shapes fit; prints what does not.
 
     Names may have the prefix `module.`, as DistributedDataParallel gives them, and may lack `backbone.`, as
-    torchvision's do. UserError if the file cannot be read, or nothing in it fits.
+    torchvision's do. What a module lists in `begins_anew`, its buffers that say how far training is, stays as it is.
+    UserError if the file cannot be read, or nothing in it fits.
     """
     held = _read_file(path)
     if isinstance(held, dict) and isinstance(held.get('state_dict'), dict):
@@ -83,6 +98,9 @@ def initialise(model, path):
     wanted, unprefixed = model.state_dict(), held
     if not held.keys() & wanted.keys():
         held = {f'backbone.{name}': value for name, value in held.items()}
+    anew = {f'{module}.{name}'.lstrip('.') for module, own in model.named_modules()
+            for name in getattr(own, 'begins_anew', ())}
+    held = {name: value for name, value in held.items() if name not in anew}
     fitting = {name: value for name, value in held.items() if name in wanted and value.shape == wanted[name].shape}
     if not fitting:
         raise UserError(f'nothing in --init {path} fits this network: it holds {_listed(unprefixed)}, and '
@@ -90,6 +108,7 @@ def initialise(model, path):
     _refuse_nan(fitting, path)
     model.load_state_dict(fitting, strict=False)
     print(f'--init {path}: {len(fitting)} of the {len(wanted)} tensors of the network are from there')
+    wanted = {name: value for name, value in wanted.items() if name not in anew}
     for what, names in (('of another shape there, so left out', held.keys() & wanted.keys() - fitting.keys()),
                         ('unknown to the network, so left out', held.keys() - wanted.keys()),
                         ('not there, so new', wanted.keys() - held.keys())):

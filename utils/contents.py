@@ -71,8 +71,8 @@ def _is_log(lines):
 
 RANDOM_STATE = record(cpu=Kind('the state of a generator', _is_cpu_state), cuda=optional(BYTES))
 OPTIMIZER = record(
-    state=Kind('a dict of dicts', lambda value: isinstance(value, dict) and all(
-        type(index) is int and isinstance(held, dict) for index, held in value.items())),
+    state=Kind('a dict, for each parameter a dict', lambda value: isinstance(value, dict) and all(
+        type(key) is str or type(key) is int and isinstance(held, dict) for key, held in value.items())),
     param_groups=list_of(Kind('a parameter group', lambda group: isinstance(group, dict)
                               and list_of(COUNT).fits(group.get('params')))))
 SIZE = Kind('a number of images', lambda value: NUMBER.fits(value) and value >= 0)

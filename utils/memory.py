@@ -36,15 +36,24 @@ def check(needed, what, flag, device='cpu'):
 def check_network(args, build, architecture, size, device):
     """UserError if the weights and images of one pass do not fit into the memory of `device`, before they are made.
 
-    build(args, architecture) -> model, which is built without its weights. size: of the images, in pixels a side. When
-    training gradients and the optimizer's state count too.
+    build(args, architecture) -> model, see `without_weights`. size: of the images, in pixels a side. When training
+    gradients and the optimizer's state count too.
     """
-    with torch.device('meta'):
-        parameters = sum(p.nbytes for p in build(args, architecture).parameters())
+    parameters = sum(p.nbytes for p in without_weights(lambda: build(args, architecture)).parameters())
     copies = 1 if args.evaluate else 2 + (args.optimizer != 'SGD' or bool(args.momentum))
     beside = '' if args.evaluate else ' with gradients and optimizer state'
     check(copies * parameters, f'the weights of --arch {args.arch}{beside}', 'network', device)
     check(2 * 3 * size ** 2 * 4, f'two images of {size}x{size} pixels', '--image-size', device)
+
+
+def without_weights(build):
+    """`build()` on the meta device, where weights take no memory; on the CPU if it reads a tensor on the way."""
+    try:
+        with torch.device('meta'):
+            return build()
+    except RuntimeError:  # Tensor.item() and the like; any other is raised again
+        with torch.random.fork_rng(devices=[]):
+            return build()
 
 
 class Kept:

@@ -1,7 +1,7 @@
 """Where methods are listed, and how the chosen ones are put together.
 
-A method is a module beside cifar.py, or in baselines/. It offers `add_arguments(parser)` and those of these that it
-needs, each of which takes as many of its arguments as it names:
+A method is a module beside cifar.py, or in baselines/. It offers `add_arguments(parser)`, which adds its flags under
+names that no script has, and those of these that it needs, each of which takes as many of its arguments as it names:
     head(args)              -> classifier: (in_features, num_classes) -> module with forward(features, targets=None)
     loss_term(args, model, class_counts)
                             -> (outputs, targets, activations) -> scalar, added to the cross-entropy: a function, or an
@@ -86,19 +86,36 @@ def add_arguments(parser):
                        help=f'one or several of: {", ".join(METHODS)} (none: cross-entropy)')
     group.add_argument('--coef', type=float, metavar='C', help="weight of the method's loss term")
     strength.add_arguments(group)
+    owners = {}
     for name, module in METHODS.items():
-        module.add_arguments(_Shared(parser, parser.add_argument_group(f'--method {name}')))
+        if hasattr(module, 'add_arguments'):
+            module.add_arguments(_Flags(name, parser, owners))
 
 
-class _Shared:
-    """A group of flags that leaves out those that another method has added already, with the same meaning."""
+class _Flags:
+    """What the method `name` adds its flags to: a group of `parser`.
 
-    def __init__(self, parser, group):
-        self.parser, self.group = parser, group
+    Methods may share a flag that means the same in each of them, with one type and default; it is added once. owners:
+    the flags of the methods so far, name -> (its method, its options). Any other flag that is there already, and one
+    that every command would need, end the script with a sentence.
+    """
 
-    def add_argument(self, flag, *names, **options):
-        if flag.lstrip('-').replace('-', '_') not in self.parser.names():
-            self.group.add_argument(flag, *names, **options)
+    def __init__(self, name, parser, owners):
+        self.name, self.parser, self.owners = name, parser, owners
+        self.group = parser.add_argument_group(f'--method {name}')
+
+    def add_argument(self, *words, **options):
+        flag = max(words, key=len)
+        name = options.get('dest') or flag.lstrip('-').replace('-', '_')
+        if options.get('required'):
+            self.parser.error(f'{flag} of --method {self.name} is required, also of runs without it; give it a default')
+        if name not in self.parser.names() and not {*words} & {*self.parser._option_string_actions}:
+            self.owners[name] = self.name, options
+            return self.group.add_argument(*words, **options)
+        owner, first = self.owners.get(name, (None, {}))
+        if not owner or any(first.get(key) != options.get(key) for key in ('action', 'type', 'default', 'choices')):
+            whose = f'of --method {owner}, with another meaning' if owner else 'of the script'
+            self.parser.error(f'{flag} of --method {self.name} is a flag {whose}; give it another name')
 
 
 def check_arguments(args, parser):
@@ -163,7 +180,7 @@ def begins(args):
 
 def flags(module):
     """The names, in `args`, of the flags that a method's module adds."""
-    return _added_by(module.add_arguments)
+    return _added_by(module.add_arguments) if hasattr(module, 'add_arguments') else frozenset()
 
 
 @functools.cache  # compare.py asks for each of its runs
@@ -245,10 +262,15 @@ def build_criterion(args, model, class_counts=None):
     auxiliary classifiers, their weighted cross-entropies are added, whatever the method. ValueError if a method asks
     for layers that `model` does not have.
     """
-    weight = math.prod(_chosen(args, 'cross_entropy_weight'))
+    weights = dict(zip((name for name in args.method if hasattr(METHODS[name], 'cross_entropy_weight')),
+                       _chosen(args, 'cross_entropy_weight')))
+    weight = math.prod(weights.values())
+    without = [name for name in weights if not weights[name] and 'cross_entropy_weight' not in flags(METHODS[name])]
+    if without and 'cross_entropy_weight' in args.given and args.cross_entropy_weight:
+        raise ValueError(f'--cross-entropy-weight {args.cross_entropy_weight:g} does nothing with --method '
+                         f'{without[0]}, which is trained on instead of the cross-entropy')
     if args.label_smoothing and not weight:
-        weighable = any('cross_entropy_weight' in flags(METHODS[name]) for name in args.method)
-        hint = '; give it a --cross-entropy-weight' if weighable else ''
+        hint = '' if without else '; give it a --cross-entropy-weight'
         raise ValueError(f'--label-smoothing does nothing without cross-entropy, which --method '
                          f'{" ".join(args.method)} does without{hint}')
     attached, terms = getattr(model, 'loss_terms', {}), []
@@ -266,6 +288,16 @@ def build_criterion(args, model, class_counts=None):
 def scaled_options(args):
     """The options of the optimizer's parameter groups that the strength of the chosen methods scales."""
     return {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}
+
+
+def check_optimizer(args, optimizer):
+    """UserError if a chosen method is an optimizer, and `optimizer`, of the script, is neither that nor wraps it."""
+    for name in args.method:
+        option = getattr(METHODS[name], 'STRENGTH', None)
+        if hasattr(METHODS[name], 'optimizer') and option and not any(option in g for g in optimizer.param_groups):
+            raise UserError(f'--method {name} is an optimizer, and the script trains with {type(optimizer).__name__} '
+                            f'instead, which has no option {option}; put yours inside of it (base_optimizer), or leave '
+                            f'out --method {name}')
 
 
 def default_lr(args):
@@ -316,7 +348,8 @@ def batch_norm_biases(args, model):
     biases = [module.bias for module in model.modules() if isinstance(module, kinds) and module.bias is not None]
     if not biases:
         raise ValueError(f'--bias-lr-factor {factor:g} is for the biases of BatchNorm, and --arch {args.arch} has none')
-    return {'params': biases, 'lr': args.lr * factor, 'weight_decay': args.weight_decay / factor}
+    decay = {} if args.weight_decay is None else {'weight_decay': args.weight_decay / factor}
+    return {'params': biases, 'lr': args.lr * factor, **decay}
 
 
 def rehearse(args, model, size, images=2, training_images=0, device='cpu'):

@@ -13,6 +13,10 @@ LAST, BEST, RESULT = 'checkpoint.pth.tar', 'model_best.pth.tar', 'result.json'  
 RESULTS = (LAST, BEST, 'log.txt', 'log.png', 'log.pdf', 'confusion.csv', 'confusion.png', 'args.json', 'skipped.txt',
            RESULT)
 
+# What measure_margins.py and measure_sharpness.py leave beside a checkpoint, by its name.
+MEASURED = {name: [f'{name.removesuffix(".pth.tar")}-{what}.json' for what in ('margins', 'sharpness')]
+            for name in (LAST, BEST)}
+
 SECONDS = ('seconds', 'seconds per epoch')  # in RESULT, checked by their sum, so that equal runs have equal check sums
 
 _locks = {}  # real path of a folder -> the descriptor that holds its lock
@@ -116,7 +120,8 @@ def enter(args, finished):
     """
     folder, resume = args.checkpoint, args.resume
     resumes_here = _is_in(folder, resume)
-    for name in [RESULT] * (not finished) if resumes_here else RESULTS if args.overwrite else []:
+    replaced = [*RESULTS, *MEASURED[LAST], *MEASURED[BEST]] if args.overwrite else []
+    for name in [RESULT] * (not finished) if resumes_here else replaced:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
     best = os.path.join(os.path.dirname(resume), BEST) if resume and not resumes_here else ''

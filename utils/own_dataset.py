@@ -90,6 +90,9 @@ def load(name, root, part, image_size, workers):
         if (name, root) not in _largest_label:
             load(name, root, 'train', image_size, workers)
         classes = range(_largest_label[name, root] + 1)
+        if part == 'train' and len(classes) > len(dataset) + 1000:
+            raise UserError(f'--dataset {name} (train) has a label {classes[-1]}, which makes {len(classes)} classes '
+                            f'of {len(dataset)} images; number the classes from 0, or name them all in `classes`')
     classes = [str(one) for one in classes]
     if large:
         return LazySplit(dataset, torch.arange(len(dataset)), labels, classes, image_size, histogram)
@@ -165,7 +168,7 @@ def _as_pil(image):
     """A PIL image, or uint8 or float in [0, 1] of shape (H, W), (H, W, C) or (C, H, W), as an RGB PIL image."""
     if isinstance(image, Image.Image):
         return as_rgb(image)
-    pixels = np.asarray(image)
+    pixels = np.asarray(image.float() if torch.is_tensor(image) and image.is_floating_point() else image)
     shape = pixels.shape
     channels_first = pixels.ndim == 3 and shape[0] in (1, 3) and (torch.is_tensor(image) or shape[2] not in (1, 3))
     pixels = pixels.transpose(1, 2, 0) if channels_first else pixels[..., None] if pixels.ndim == 2 else pixels

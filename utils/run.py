@@ -69,11 +69,13 @@ class Run:
                 raise UserError(f'{flag} {share:g} leaves no step to what begins there: the last of {steps} begins '
                                 'before it')
         self.scaled_options = methods.scaled_options(args)
+        methods.check_optimizer(args, optimizer)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
         self.changes = []  # of the setting, in the middle of training
         self.predictions = None  # of the last epoch, if it was tested on the test images
         self.drawn, self.drawing_failed = time.perf_counter(), False
+        self.read_again = 2  # checkpoints: the first has no state of the optimizer yet
         self.seconds = 0.0  # of training in the epoch that is running or has just run
 
     def __enter__(self):
@@ -231,6 +233,9 @@ class Run:
         if distributed.is_first():
             self.state['log'] = [line[:-1] for line in self.logger.lines]  # all but the seconds
             checkpoint.save(self.in_folder(name), self.state)
+            if self.read_again:
+                self.read_again -= 1
+                checkpoint.check_written(self.in_folder(name))
 
     def report(self, test):
         """The result: of the last epoch, or with --val-split of the epoch that was best on the validation images.
@@ -321,8 +326,11 @@ class Run:
         return f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(output.LAST))}'
 
 
-def validate(args, state, regime, parser):
-    """Refuse batches, schedules and methods that are invalid, and fill in what is not given. regime: the model's."""
+def validate(args, state, regime, parser, model):
+    """Refuse batches, schedules and methods that are invalid, and fill in what is not given.
+
+    regime: the model's. model: what the methods' optimizers are tried with, before the data are read.
+    """
     # What is derived below from other flags is derived again when the run is resumed, perhaps with other flags.
     args.inherited = {name: value for name, value in vars(args).items()
                       if name in parser.names() and flags.meaning(name).resume != flags.START}
@@ -336,7 +344,7 @@ def validate(args, state, regime, parser):
         if state and not args.evaluate:
             resume.check_epochs(state, args, parser)
         blank = torch.nn.Linear(1, 1)
-        methods.build_optimizer(args, blank, steps_per_epoch=1, parameters=blank.parameters())
+        methods.build_optimizer(args, model, steps_per_epoch=1, parameters=blank.parameters())
     except ValueError as error:
         parser.error(str(error))
 

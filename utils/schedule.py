@@ -132,7 +132,7 @@ def _check_rates(args, parser):
         last = math.inf
     highest, most = max(last, *(now['lr'] for now in args.regime.values())), FLOAT32[0] / 1000  # Adam divides by 0.1
     highest *= max(args.bias_lr_factor, 1)
-    if args.weight_decay / args.bias_lr_factor > FLOAT32[0]:
+    if (args.weight_decay or 0) / args.bias_lr_factor > FLOAT32[0]:
         parser.error(f'--weight-decay {args.weight_decay:g} divided by --bias-lr-factor {args.bias_lr_factor:g} is too '
                      'large a number')
     if highest > most:

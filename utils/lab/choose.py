@@ -44,12 +44,16 @@ def validation_of(folder):
     """
     paths, _ = lab_runs.find_runs([folder])
     runs, others = lab_runs.read_runs(paths, lab_runs.Flags())
-    trials = {}
+    trials, settings = {}, {}
     for run in runs:
         if not run.chosen:
             raise UserError(f'{run.folder} has no validation images, by which it could be chosen; it needs --val-split')
         name = os.path.relpath(run.folder, folder).split(os.sep)[0]
         trials.setdefault(name, {})[run.seed] = run.curve[max(run.curve)]
+        if settings.setdefault(name, run.setting) != run.setting:
+            flags = [flag for flag in settings[name] if settings[name][flag] != run.setting.get(flag)]
+            raise UserError(f'{os.path.join(folder, name)} has runs of several settings ({", ".join(flags)}), and a '
+                            'trial is one setting with several seeds; train those of the other setting again')
     print(*others, sep='\n', end='\n' if others else '', file=sys.stderr)
     seeds = set().union(*trials.values())
     for name, values in list(trials.items()):
@@ -58,6 +62,8 @@ def validation_of(folder):
             del trials[name]
     if not trials:
         raise UserError(f'no trial in {folder} is finished')
+    if '.' in trials:
+        raise UserError(f'{folder} is a run itself; name a folder with a folder for each trial')
     return {name: [values[seed] for seed in sorted(values)] for name, values in sorted(trials.items())}
 
 

@@ -13,7 +13,7 @@ from utils.script import run_script
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FILES = ('args.json', 'log.txt', RESULT)
-MEASURED = (*measured.files_of(chosen=False), *measured.files_of(chosen=True))  # kept where they are
+MEASURED = (*measured.files_of(chosen=False), *measured.files_of(chosen=True))
 
 
 def main():
@@ -27,10 +27,17 @@ def main():
             refused.append(f'{shown(folder)} ({reason})')
             continue
         target = place_of(folder)
+        if is_another(folder, target):
+            place = shown(target.relative_to(ROOT).as_posix())
+            refused.append(f'{shown(folder)} ({place} is another run; remove that, or give this one another folder below '
+                           'checkpoints/)')
+            continue
         target.mkdir(parents=True, exist_ok=True)
         for name in (*FILES, *MEASURED):
             if name in FILES or os.path.exists(os.path.join(folder, name)):
                 shutil.copyfile(os.path.join(folder, name), target / name)
+            else:
+                (target / name).unlink(missing_ok=True)
         name_folder(target)
         kept += 1
     print(f'{kept} runs are in results/')
@@ -53,6 +60,11 @@ def why_not(folder):
     if not commit or 'with changes' in commit or 'unknown' in commit:
         return f'its code is that of commit {commit or "unknown"}; commit the changes, and run it again'
     return None
+
+
+def is_another(folder, target):
+    """Whether `target` has the result of another run than `folder`."""
+    return (target / RESULT).exists() and lab_runs.read_dict(target, RESULT) != lab_runs.read_dict(folder, RESULT)
 
 
 def name_folder(target):

@@ -1,16 +1,17 @@
 """What measure_margins.py and measure_sharpness.py have left beside the checkpoints of runs, as numbers to compare."""
 import json
+import math
 import os
 
 from utils.errors import UserError
 from utils.files import read_json
 from utils.lab.runs import Metric
-from utils.output import BEST, LAST
+from utils.output import BEST, LAST, MEASURED
 
 STATISTICS = ('mean', 'deviation', '5%', 'median')
 # measure_sharpness.py: what its table shows -> where it is in the result of a measure. A place that is not there is of
 # another way to measure, such as in random manifolds.
-SHARPNESS = {'loss': {'train loss': ('Loss',)}, 'box': {'box': ('sharpness',), 'box corners': ('corners', 'sharpness')},
+SHARPNESS = {'loss': {'loss': ('Loss',)}, 'box': {'box': ('sharpness',), 'box corners': ('corners', 'sharpness')},
              'ball': {'ball': ('rise',)}, 'noise': {'noise': ('rise',)}, 'trace': {'trace': ('trace',)},
              'eigenvalues': {'largest eigenvalue': ('largest', 0)}}
 
@@ -18,8 +19,7 @@ SHARPNESS = {'loss': {'train loss': ('Loss',)}, 'box': {'box': ('sharpness',), '
 def files_of(chosen):
     """The names of the files about a run's result. chosen: the run's result is that of the epoch that validation chose.
     """
-    stem = (BEST if chosen else LAST).removesuffix('.pth.tar')
-    return [f'{stem}-margins.json', f'{stem}-sharpness.json']
+    return MEASURED[BEST if chosen else LAST]
 
 
 def of_measured(name, statistic):
@@ -59,7 +59,8 @@ def add_measured(runs, names, statistic):
 
 def numbers_of(one, statistic):
     """(name, how it was measured, as text) -> (number, a check sum of the images if a run's seed may have drawn them,
-    else None), of all measurements of a run's result. UserError where a file has one of them twice, of other images.
+    else None), of all measurements of a run's result; of a checkpoint that has been replaced since they do not count.
+    UserError where a file has one of them twice, of other images, or none of the result.
     """
     found, epoch = {}, one.best_epoch if one.chosen else max(one.curve)
     for file in files_of(one.chosen):
@@ -67,16 +68,20 @@ def numbers_of(one, statistic):
         if not os.path.exists(path):
             continue
         try:
-            for entry in read_json(path):
+            entries = read_json(path)
+            measured = [entry['settings']['checkpoint'] for entry in entries]
+            of_result = [checkpoint for checkpoint in measured if checkpoint['epoch'] == epoch]
+            if measured and not of_result:
+                raise UserError(f'{path} is of epoch {measured[-1]["epoch"]}, and the result of its run of epoch '
+                                f'{epoch}; measure it again')
+            for entry in entries:
                 settings = dict(entry['settings'])
-                checkpoint = settings.pop('checkpoint')
+                if settings.pop('checkpoint') != of_result[-1]:
+                    continue
                 images = dict(settings['images'])
                 drawn = None if images['mode'] == 'test' else images.pop('crc32')
                 settings |= {'images': images}
                 settings.pop('validation', None)  # images that a run's seed draws
-                if checkpoint['epoch'] != epoch:
-                    raise UserError(f'{path} is of epoch {checkpoint["epoch"]}, and the result of its run of epoch '
-                                    f'{epoch}; measure it again')
                 way = json.dumps(settings, sort_keys=True)
                 for name, value in _named(entry, statistic):
                     if found.setdefault((name, way), (value, drawn))[1] != drawn:
@@ -89,14 +94,16 @@ def numbers_of(one, statistic):
 
 
 def _named(entry, statistic):
-    """(name, number) pairs of an entry of either script, those that are defined."""
+    """(name, number) pairs of an entry of either script, those that are defined and finite."""
     result, places = entry['result'], SHARPNESS.get(entry['measure'])
     if places is None:
         values = {name: held[statistic] if isinstance(held, dict) else held for name, held in result.items()}
     else:
         values = {name: _at(result, place) for name, place in places.items()}
+        if 'loss' in values:
+            values[f'{entry["settings"]["images"]["mode"]} loss'] = values.pop('loss')
     for name, value in values.items():
-        if value is not None:
+        if value is not None and math.isfinite(value):
             yield name, float(value)
 
 

@@ -47,9 +47,13 @@ def differences(path, rows, args):
         axes.axvline(0, color='grey', linewidth=1)
         names = [drawn(row['setting'][:50]) for row in reversed(compared)]
         axes.set_yticks(range(len(compared)), names, fontsize='small')
-        axes.set_xlabel(f'difference in {args.metrics[metric].column}')
+        axes.set_xlabel(f'difference in {shown_name(args.metrics[metric], args)}')
         axes.grid(axis='x', alpha=0.3)
     save_figure(figure, path)
+
+
+def shown_name(metric, args):
+    return f'{metric.column} error' if args.error and metric.accuracy else metric.column
 
 
 def grid(path, rows, columns, args):
@@ -82,5 +86,6 @@ def grid(path, rows, columns, args):
     axes.set_yticks(range(len(rows)), map(drawn, rows), fontsize='small')
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    axes.set_xlabel(drawn(f'{metric.column}: difference to {args.baseline}; grey: not shown'), fontsize='small')
+    axes.set_xlabel(drawn(f'{shown_name(metric, args)}: difference to {args.baseline}; grey: not shown'),
+                    fontsize='small')
     save_figure(figure, path)

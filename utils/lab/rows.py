@@ -25,7 +25,7 @@ def with_metrics(runs, metrics):
         columns = ' and no '.join(metrics[name].column for name in of_result or names)
         if of_result:
             return f'its result.json has no {columns}; resume it with no flags to have it written again'
-        return f'no {columns} was measured of its result'
+        return f'no finite {columns} was measured of its result'
 
     return ([one for one in runs if not lacking[one.folder]],
             [f'left out: {folder} ({reason(names)})' for folder, names in lacking.items() if names])
@@ -118,7 +118,8 @@ def summarise(settings, names, baselines, args):
                              f'{label}p': statistics.sign_flip(differences)}
     for name, metric in args.metrics.items():
         words = metric.higher, metric.lower
-        judge(rows, baselines, prefix(name, args), words[::-1] if args.error and metric.accuracy else words)
+        turns = args.error and metric.accuracy and 'better' in words  # a higher error is worse, and higher
+        judge(rows, baselines, prefix(name, args), words[::-1] if turns else words)
     return rows
 
 

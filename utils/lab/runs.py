@@ -7,7 +7,7 @@ import os
 import shlex
 from typing import NamedTuple
 
-from utils import datasets, methods, output
+from utils import datasets, methods, output, schedule
 from utils.errors import UserError, shown
 from utils.files import digest, read_json
 from utils.flags import with_todays_names
@@ -80,6 +80,11 @@ class Flags:
         values = {**self.defaults, **known, **with_todays_names(args.get('as given', {}))}
         if not datasets.has_images_of_any_size(values.get('dataset', 'folder')):
             values.pop('data', None)  # it says where the data set is, not which one
+        made = schedule.OPTIMIZERS.get(values.get('optimizer') or args.get('optimizer'))
+        brought = any(hasattr(methods.METHODS.get(name), 'optimizer') for name in values.get('method', ()))
+        found = args.get('optimizer class')
+        if made and found and found != made.func.__name__ and not brought:
+            values['optimizer_class'] = found  # of one that was written into the script
         return {name: hashable(value) for name, value in methods.setting(values).items()}
 
     def read(self, text):
@@ -91,9 +96,12 @@ class Flags:
             words = shlex.split(text)
         except ValueError as error:
             raise UserError(f'{text} cannot be read as flags ({error})') from error
+        if {'-h', '--help'} & {*words}:
+            raise UserError(f'{text} asks for help, and names no row')
         args = parser.parse_args(words)
         methods.check_arguments(args, parser)  # gives --coef to the method that it means
-        given = {f'{args.method[0]}_coef' if name == 'coef' and args.method else name for name in args.given}
+        weighted = [f'{name}_coef' for name in args.method if hasattr(args, f'{name}_coef')]
+        given = {weighted[0] if name == 'coef' and weighted else name for name in args.given}
         return given, self.setting({'as given': vars(args)})
 
     def names(self, settings):
