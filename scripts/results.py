@@ -52,8 +52,8 @@ def main():
         if not tables(text):
             sys.exit(f'error: {path} has no table that a command of compare.py prints')
         if (commands := len(COMMAND.findall(text))) != len(tables(text)):
-            sys.exit(f'error: {path} has {commands} commands, and {len(tables(text))} tables that end with <!-- end -->; '
-                     'each needs one')
+            sys.exit(f'error: {path} has {commands} commands, and {len(tables(text))} tables that end with '
+                     '<!-- end -->; each needs one')
         outputs = [printed(words) for words, _ in tables(text)]
         print(*outputs, sep='\n', end='')
         for command in PICTURE.findall(text):

@@ -15,8 +15,8 @@ def average_of_weights(args, state, model, optimizer):
         average = AveragedModel(model)
     elif args.ema:
         if not hasattr(optimizer, 'register_step_post_hook'):
-            raise UserError('--ema needs an optimizer that calls hooks after a step, as torch.optim.Optimizer does, and '
-                            f'{type(optimizer).__name__} does not; derive it from that class, and call its __init__')
+            raise UserError('--ema needs an optimizer that calls hooks after a step, as torch.optim.Optimizer does, '
+                            f'and {type(optimizer).__name__} does not; derive it from that class and call its __init__')
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     else:

@@ -29,8 +29,8 @@ def main():
         target = place_of(folder)
         if is_another(folder, target):
             place = shown(target.relative_to(ROOT).as_posix())
-            refused.append(f'{shown(folder)} ({place} is another run; remove that, or give this one another folder below '
-                           'checkpoints/)')
+            refused.append(f'{shown(folder)} ({place} is another run; remove that, or give this one another folder '
+                           'below checkpoints/)')
             continue
         target.mkdir(parents=True, exist_ok=True)
         for name in (*FILES, *MEASURED):
