@@ -69,7 +69,7 @@ def train(flags, count):
     parser = cifar.make_parser()
     args = parser.parse_args(['--epochs', '2', '--lr', '0.05', '--manualSeed', '3', *flags.split()])
     methods.check_arguments(args, parser)
-    validate(args, None, None, parser)
+    validate(args, None, None, parser, torch.nn.Linear(1, 1))
     torch.manual_seed(args.seed)
     options = {} if args.arch == 'lenet' else {'depth': 8}
     model = models.build(args.arch, 10, methods.build_head(args), **options)

@@ -38,7 +38,7 @@ class Steps:
         self.args = parser.parse_args(f'--train-batch 8 --manualSeed 1 --lr 0.05 --epochs 2 --lr-schedule cosine '
                                       f'{flags}'.split())
         methods.check_arguments(self.args, parser)
-        validate(self.args, None, None, parser)
+        validate(self.args, None, None, parser, torch.nn.Linear(1, 1))
         torch.manual_seed(0)
         options = {'depth': 8} if arch == 'resnet' else {}
         self.model = models.build(arch, 4, methods.build_head(self.args), **options).double()

@@ -24,7 +24,7 @@ class Training:
         parser = cifar.make_parser()
         self.args = parser.parse_args(f'--train-batch 8 --manualSeed 1 --lr 0.05 --epochs 2 {flags}'.split())
         methods.check_arguments(self.args, parser)
-        validate(self.args, None, None, parser)
+        validate(self.args, None, None, parser, torch.nn.Linear(1, 1))
         torch.manual_seed(0)
         split = Split(torch.randint(256, (32, 32, 32, 3), dtype=torch.uint8), torch.arange(32) % 7 % 4, list('abcd'))
         self.model = models.build('resnet', 4, methods.build_head(self.args), depth=8)
