@@ -93,9 +93,11 @@ def parse_arguments():
         parser.error(f'--cutout {args.cutout} is larger than the images, which have {args.image_size} pixels a side')
     if args.crop_mode and args.crop_padding == 0:
         parser.error('--crop-mode is not used with --crop-padding 0')
-    known = datasets.DATASETS.get(args.dataset, datasets.DATASETS['folder'])
-    if args.hflip and not known.flip:
-        parser.error(f'--hflip is not used by --dataset {args.dataset}, whose images are not mirrored')
+    if not datasets.may_be_mirrored(args.dataset):
+        if args.hflip:
+            parser.error(f'--hflip is not used by --dataset {args.dataset}, whose images are not mirrored')
+        if args.tta:
+            parser.error(f'--tta mirror is not for --dataset {args.dataset}, whose mirrored images mean something else')
     methods.check_arguments(args, parser)
     try:
         args.arch_options = arch_options(args)
@@ -282,7 +284,8 @@ def make_batches(args, state, part, split, device, transforms={}):
             transform = image_batches.auto_augment(name)
         move = not args.no_augment and 'train' not in transforms
         padding = 4 if args.crop_padding is None else args.crop_padding
-        flip = known.flip and move and {'none': False, 'alternating': 'alternating'}.get(args.hflip, True)
+        flip = {'none': False, 'alternating': 'alternating'}.get(args.hflip, True)
+        flip = flip if move and datasets.may_be_mirrored(args.dataset) else False
         augment = {'padding': padding if move else 0, 'flip': flip, 'cutout': args.cutout,
                    'crop_mode': args.crop_mode or 'zero'}
         mix = folders.mixing(args.mixup, args.cutmix, len(split.classes))

@@ -14,7 +14,7 @@ import torch
 
 import smoothout
 from baselines.logit_adjustment import adjusted
-from utils import metrics
+from utils import datasets, metrics
 from utils.bar import ProgressLine
 from utils.batches import input_transform, seeded_generator
 from utils.device import environment
@@ -73,6 +73,8 @@ def main():
                         'images itself; '
                         'give --no-augment to evaluate it on the images as they are')
     tta = {None: subject.args.tta, 'mirror': 'mirror', 'none': None}[args.tta]
+    if tta and not datasets.may_be_mirrored(dataset := getattr(subject.args, 'dataset', 'folder')):
+        raise UserError(f'--tta mirror is not for --dataset {dataset}, whose mirrored images mean something else')
     if args.as_run:
         adjusted_by = {'logit_adjust': args.logit_adjust} if args.logit_adjust else {}
         files = as_run.read(subject, {'tta': tta, **adjusted_by}, args.as_run)

@@ -159,6 +159,8 @@ def scan(args, group, images, title):
                                                                  batches in images.items()}}
     columns = [f'{part} {quantity}'.lower() for part in images
                for quantity in quantities(len(group[0].state['classes']))]
+    if args.update_bn:
+        settings['training images'] = checkpoints.describe_images(args.training_images)
     stem = f'{checkpoints.stem(args, group[0].path)}-{name}{"-update-bn" * args.update_bn}'
     table = Scan(stem, settings, AXES[args.kind] + columns, len(AXES[args.kind]), args.overwrite)
     missing = [point for point in points(args) if point not in table.rows]

@@ -6,6 +6,12 @@ from utils import datasets
 
 
 @pytest.fixture
+def mirrored_digits(monkeypatch):
+    """Digits may be mirrored, for tests of --tta that look at nothing else."""
+    monkeypatch.setitem(datasets.DATASETS, 'digits', datasets.DATASETS['digits']._replace(flip=True))
+
+
+@pytest.fixture
 def few_digits(monkeypatch):
     """Every data set is its first 80 images, and no picture is drawn."""
     load = datasets.load

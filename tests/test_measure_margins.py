@@ -14,6 +14,7 @@ from torch import nn
 import measure_margins as script
 from large_margin import LargeMarginLoss
 from models.base import ImageClassifier
+from models.cifar.airbench import WhiteningConv
 from utils import memory, metrics
 from utils.activations import Activations
 from utils.errors import Stopped, UserError
@@ -88,6 +89,17 @@ def test_margins_by_loop(monkeypatch):
         assert of_probabilities == pytest.approx(p[y] - max(p[:y] + p[y + 1:]))
 
 
+def test_a_tie_is_on_the_boundary():
+    """Half precision makes many: the prediction changes there, at no further distance."""
+    def network(x):
+        return torch.stack([x[:, 0].round(), torch.ones(len(x)) + 0 * x[:, 0]], dim=1) + 0 * x.sum(dim=1, keepdim=True)
+
+    images, targets = torch.ones(1, 2), torch.tensor([0])
+    assert lab.deepfool(network, images, targets, '2', 1).tolist() == [0]
+    tied = lab.pgd(lambda x: torch.cat([x[:, :1]] * 2, dim=1), images, targets, '2', torch.tensor([1.0]), 2, 4)
+    assert tied < 0.1
+
+
 def test_the_product_of_spectral_norms():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
@@ -96,6 +108,9 @@ def test_the_product_of_spectral_norms():
     norms = [np.linalg.svd(net[0].weight.detach().numpy().reshape(4, 27))[1][0], 9 / math.sqrt(4 + 1e-5),
              1 / math.sqrt(1 + 1e-5), np.linalg.svd(net[5].weight.detach().numpy())[1][0]]
     assert lab.log_spectral_product(net) == pytest.approx(sum(map(math.log, norms)), rel=1e-6)
+    with_whitening = nn.Sequential(WhiteningConv(), net)
+    more = np.linalg.svd(with_whitening[0].weight.numpy().reshape(24, 12))[1][0]
+    assert lab.log_spectral_product(with_whitening) == pytest.approx(sum(map(math.log, [*norms, more])), rel=1e-6)
     net[1].running_var = None
     with pytest.raises(UserError, match='--spectral needs the statistics of BatchNorm, and 1 keeps none'):
         lab.log_spectral_product(net)

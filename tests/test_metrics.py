@@ -271,8 +271,8 @@ def test_on_the_training_images_it_reads_those_of_the_run_as_they_are(runs, eval
 
 
 @pytest.mark.parametrize('flags', ['--logit-adjust 0.5', '--tta mirror'])
-def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(flags, runs, evaluated, tmp_path, monkeypatch,
-                                                                    capsys):
+def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(flags, runs, evaluated, mirrored_digits, tmp_path,
+                                                                    monkeypatch, capsys):
     before, other = contents(runs / 'plain'), tmp_path / 'other'
     (tmp_path / 'log.txt').touch()  # of something else
     seen = evaluated(f'{runs}/plain/checkpoint.pth.tar {flags} --as-run {other} -o {tmp_path}')
@@ -308,7 +308,7 @@ def test_the_same_network_tested_in_another_way_is_a_run_of_its_own(flags, runs,
     ('unfinished/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; unfinished'),
     ('alone/checkpoint', '--tta mirror --as-run {}/new', 'needs a finished run around .*; broken'),
     ('other/checkpoint', '--tta mirror --as-run {}/new', 'is of other flags or another seed than .*/other/args.json')])
-def test_it_is_of_the_last_epoch_of_a_finished_run(file, flags, sentence, runs, evaluated, tmp_path):
+def test_it_is_of_the_last_epoch_of_a_finished_run(file, flags, sentence, runs, evaluated, mirrored_digits, tmp_path):
     name = file.split('/')[0]
     folder = shutil.copytree(runs / ('conditioned' if name == 'conditioned' else 'plain'), tmp_path / name)
     (tmp_path / 'file').touch()
@@ -334,6 +334,11 @@ def test_it_is_of_the_test_images_of_the_run(flag, runs, evaluated, tmp_path, ca
     with pytest.raises(SystemExit):
         evaluated(f'{runs}/plain/checkpoint.pth.tar --tta mirror {flag} --as-run {tmp_path}/new')
     assert 'exclude each other: it is of the test images of the run' in capsys.readouterr().err
+
+
+def test_digits_are_not_mirrored(runs, evaluated, tmp_path):
+    with pytest.raises(UserError, match='--tta mirror is not for --dataset digits, whose mirrored images mean'):
+        evaluated(f'{runs}/plain/checkpoint.pth.tar --tta mirror -o {tmp_path}')
 
 
 def test_the_training_images_are_augmented_as_in_training_and_always_the_same(runs, evaluated, tmp_path):

@@ -333,6 +333,35 @@ def test_statistics_of_the_mean_are_the_mean_over_ghost_batches(ghost, monkeypat
     assert torch.equal(found['layer2.0.bn1.running_mean'], frozen)
 
 
+def test_layers_behind_frozen_ones_get_statistics_of_what_they_see():
+    steps = Steps('--swa 0', 'resnet')
+    for model in (steps.model, steps.run.average.module):
+        for frozen in (model.conv1, model.bn1, model.layer1):
+            frozen.requires_grad_(False)
+        model.bn1.running_mean.fill_(0.3)
+    cifar.train(steps.run, steps.criterion, steps.optimizer, 0, steps.args)
+    network, seen = steps.run.average.module, []
+    norm = network.layer2[0].bn1
+    found, momentum = norm.running_mean.clone(), norm.momentum
+    network.train()
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().mean(dim=(0, 2, 3))))
+    for images, _ in steps.batches.shuffled(1, 0):
+        network.features(images)
+    torch.testing.assert_close(found, sum(seen) / len(seen))
+    assert momentum == steps.model.layer2[0].bn1.momentum and (network.bn1.running_mean == 0.3).all()
+
+
+def test_of_equal_logits_the_first_counts_everywhere():
+    meter, logits = evaluation.Meter(1, 10, 'cpu'), torch.zeros(4, 10)
+    meter.update(logits, torch.tensor([0, 0, 8, 9]), torch.tensor(1.0))
+    assert meter.read()['Top-1'] == 50 and meter.read()['Top-5'] >= 50
+
+
+def test_the_mean_of_two_tests_is_not_rounded_to_bf16():
+    outputs = iter((torch.tensor([[2.0]]).bfloat16(), torch.tensor([[2.015625]]).bfloat16()))
+    assert evaluation.predict(lambda images: next(outputs), torch.zeros(1, 3, 2, 2), 'mirror').item() == 2.0078125
+
+
 def test_the_mirrored_test_is_the_mean_of_two():
     model, images = models.build('lenet', 4).eval(), torch.randn(3, 3, 32, 32)
     expected = (model(images) + model(images.flip(-1))) / 2
@@ -343,7 +372,7 @@ def test_the_mirrored_test_is_the_mean_of_two():
 @pytest.mark.parametrize('flags', [
     '--mixup 0.4 --cutmix 1 --dropout 0.3 --flood 1 --mini-batch 8 --swa 0 --checkpoint-every 2 --val-split 0.2',
     '--adversarial 8/255 --method lsoftmax sam --direction momentum --swa 0.3 --tta mirror'])
-def test_interrupted_and_resumed(flags, few_digits, monkeypatch, tmp_path):
+def test_interrupted_and_resumed(flags, few_digits, mirrored_digits, monkeypatch, tmp_path):
     flags = f'{SHORT} --epochs 3 {flags}'
     call(monkeypatch, cifar, f'{flags} -c {tmp_path}/whole')
     broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=2)
@@ -401,7 +430,8 @@ def test_logits_are_adjusted_post_hoc_for_any_checkpoint(monkeypatch, tmp_path, 
         call(monkeypatch, evaluate, f'{path} --logit-adjust 1')
 
 
-def test_evaluate_tests_as_the_run_did_unless_told_otherwise(few_digits, monkeypatch, tmp_path, capsys):
+def test_evaluate_tests_as_the_run_did_unless_told_otherwise(few_digits, mirrored_digits, monkeypatch, tmp_path,
+                                                             capsys):
     flags = '-d digits -a lenet --epochs 1 --train-batch 32 --lr 0.02 --manualSeed 1'
     call(monkeypatch, cifar, f'{flags} --tta mirror -c {tmp_path}/mirror')
     call(monkeypatch, cifar, f'{flags} -c {tmp_path}/plain')
@@ -422,6 +452,7 @@ def test_evaluate_tests_as_the_run_did_unless_told_otherwise(few_digits, monkeyp
     ('-d digits --adversarial 0', '--adversarial 0 changes no image'),
     ('-d digits --adversarial 8', 'must be a share of the way from black to white, from 0 to 1, such as 8/255'),
     ('-d digits --flood 0', 'must be a number above 0, was given 0'),
+    ('-d digits --tta mirror', '--tta mirror is not for --dataset digits, whose mirrored images mean something else'),
     ('-d digits --hflip alternating', '--hflip is not used by --dataset digits'),
     ('-d cifar10 --hflip random --no-augment', '--no-augment and --hflip exclude each other'),
     ('-d digits --method arcface --mixup 1', '--method arcface and --mixup cannot combine'),

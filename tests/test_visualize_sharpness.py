@@ -167,6 +167,9 @@ def test_other_settings_are_refused_and_overwrite_begins_anew(runs, monkeypatch,
     call(monkeypatch, visual, f'{command} {FEW} --manualSeed 1 --overwrite')
     after = contents(tmp_path)
     assert set(after) == set(before)
+    call(monkeypatch, visual, f'{command} {FEW} --update-bn')
+    with pytest.raises(UserError, match='made with other settings .training images'):
+        call(monkeypatch, visual, f'{command} {FEW} --update-bn --no-augment')
     assert after['first-checkpoint-directions.csv'] != before['first-checkpoint-directions.csv']
     assert json.loads(after['first-checkpoint-directions.json'])['seed'] == 1
 

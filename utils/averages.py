@@ -1,6 +1,6 @@
 """Averages of weights, which are tested instead of the weights: moving over steps, or the mean over epochs."""
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import checkpoint, distributed
 from utils.errors import UserError
@@ -38,8 +38,14 @@ def estimate_statistics(average, batches, args, epoch):
     frozen = {name: buffer.clone() for name, buffer in average.named_buffers()}
     parts = (part for images, _ in batches.shuffled(args.seed, epoch) for part in images.split(ghost_batch(args))
              if len(part) > 1 or ghost_batch(args) == 1)
-    features = Features(average.module)
-    update_bn(parts, features)
+    features, momenta = Features(average.module), [norm.momentum for norm in norms]
+    for norm in norms:  # not torch's update_bn, which resets frozen layers, so that those behind them see other inputs
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    for part in parts:
+        features(part)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
     running = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
     for name, buffer in average.named_buffers():
         if id(buffer) not in running:

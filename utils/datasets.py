@@ -55,6 +55,11 @@ def dataset_name(text):
     return text
 
 
+def may_be_mirrored(name):
+    """Whether the mirror image of an image of this data set is of its class; of one's own sets it is."""
+    return DATASETS.get(name, DATASETS['folder']).flip
+
+
 def has_images_of_any_size(name):
     """Whether images are scaled to --image-size, and --workers read them."""
     return name == 'folder' or own_dataset.is_own(name)

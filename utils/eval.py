@@ -23,7 +23,11 @@ def predict(model, images, tta=None):
     of the logits of each image and of its mirror image.
     """
     outputs = model(images)
-    return outputs if tta is None else (logits_of(outputs) + logits_of(model(images.flip(-1)))) / 2
+    if tta is None:
+        return outputs
+    one, mirrored = logits_of(outputs), logits_of(model(images.flip(-1)))
+    wide = torch.promote_types(one.dtype, torch.float32)
+    return (one.to(wide) + mirrored.to(wide)) / 2
 
 
 def shown_logits(model):
@@ -79,8 +83,9 @@ class Meter:
             logits = logits_of(outputs).detach()
             targets = targets.argmax(dim=1) if targets.dim() == 2 else targets
             self.losses[len(self.sizes)] = loss.detach().double() * len(targets)
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            self.correct += torch.stack((hits[:, 0].sum(), hits.sum()))
+            first = logits.argmax(dim=1) == targets  # of equal logits the first, as in metrics.of_classes
+            among_five = (logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]).any(dim=1)
+            self.correct += torch.stack((first.sum(), (first | among_five).sum()))
         self.sizes.append(len(targets))
 
     def of_all_processes(self):

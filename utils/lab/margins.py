@@ -107,15 +107,17 @@ def ahead(values, targets):
 
 
 def log_spectral_product(model):
-    """The logarithm of the product of the spectral norms of all linear layers, convolutions and BatchNorms.
+    """The logarithm of the product of the spectral norms of all linear layers, convolutions and BatchNorms, auxiliary
+    classifiers too.
 
     A convolution counts as its weight reshaped to (out_channels, all else), which is not the norm of what it does to
     an image; BatchNorm, which in evaluation scales each channel, as max |gamma| / sqrt(var + eps).
     """
     total = 0.0
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            norm = torch.linalg.matrix_norm(module.weight.detach().double().flatten(1), 2)
+        weight = getattr(module, 'weight', None)
+        if torch.is_tensor(weight) and weight.dim() > 1:
+            norm = torch.linalg.matrix_norm(weight.detach().double().flatten(1), 2)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.running_var is None:
                 raise UserError(f'--spectral needs the statistics of BatchNorm, and {name} keeps none')
@@ -166,7 +168,7 @@ def deepfool(network, inputs, targets, norm, top_k, steps=50, overshoot=0.02):
         logits = network(x)
         if step == 0:
             others = logits.detach().scatter(1, y, -math.inf).topk(top_k).indices
-        right = logits.argmax(dim=1) == y[:, 0]
+        right = ahead(logits.detach(), y[:, 0]) > 0  # a tie is on the boundary
         changed = left[~right]
         distance[changed] = length((1 + overshoot) * moved[changed], norm)
         if step == steps or not right.any():
@@ -197,7 +199,7 @@ def pgd(network, inputs, targets, norm, upper, steps, bisections):
         for step in range(steps + 1):
             at = (x + moved).requires_grad_()
             logits = network(at)
-            changed |= logits.argmax(dim=1) != y
+            changed |= ahead(logits.detach(), y) <= 0
             if step == steps or changed.all():
                 break
             slope, = torch.autograd.grad(ahead(logits, y).sum(), at)

@@ -60,6 +60,7 @@ class View:
                 logits = logits_of(self.model.classify(features))
             for tensor, values in zip(kept, (features, logits, targets)):
                 tensor[places.start:places.stop] = values
+        kept = tuple(tensor[:places.stop] for tensor in kept)  # fewer where files cannot be read
         bad = ~(kept[0].isfinite().all(dim=1) & kept[1].isfinite().all(dim=1))
         if bad.any():
             raise UserError(f'the network of {self.subject.path} gives NaN or infinite numbers for {int(bad.sum())} of '
