@@ -189,7 +189,7 @@ def test_runs_with_an_optimizer_of_ones_own_are_another_setting(few_digits, lion
 
 def test_an_optimizer_without_weight_decay_is_one_line_too(few_digits, monkeypatch, tmp_path):
     monkeypatch.setitem(schedule.OPTIMIZERS, 'Rprop', functools.partial(torch.optim.Rprop, lr=1e-3))
-    for more in ('', '-a lenet_bn --bias-lr-factor 4'):
+    for more in ('', '--bias-lr-factor 4'):
         call(monkeypatch, cifar, f'{SHORT} --epochs 1 --optimizer Rprop {more} --overwrite -c {tmp_path}')
     assert read(tmp_path)['optimizer_class'] == 'Rprop'
 

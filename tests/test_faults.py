@@ -109,7 +109,8 @@ WRONG = {'none': None, 'word': 'x', 'negative': -3.5,
 def test_a_wrong_value_anywhere_in_a_checkpoint_is_a_sentence(kind, interrupted, monkeypatch, tmp_path, capsys):
     """Each place in turn: resuming refuses it in one line, or does not mind."""
     path, state = interrupted
-    monkeypatch.setattr(checkpoint, 'save', lambda *args: None)  # trains, but writes no checkpoint
+    for name in ('save', 'check_written'):  # trains, but writes no checkpoint
+        monkeypatch.setattr(checkpoint, name, lambda *args: None)
     refused = 0
     for place in places(state):
         damaged = tmp_path / 'checkpoint.pth.tar'

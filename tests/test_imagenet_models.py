@@ -32,8 +32,8 @@ def real(arch, classifier=nn.Linear, size=None):
 
 
 def criterion(model, *names, label_smoothing=0.0):
-    return methods.build_criterion(SimpleNamespace(method=list(names), label_smoothing=label_smoothing, dma_coef=0.5),
-                                   model)
+    args = SimpleNamespace(method=list(names), given=set(), label_smoothing=label_smoothing, dma_coef=0.5)
+    return methods.build_criterion(args, model)
 
 
 @pytest.fixture
