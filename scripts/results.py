@@ -16,10 +16,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-TABLE = re.compile(r'(^    python ((?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown)\n\n)'
-                   r'(.*?)(^<!-- end -->$)', re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r'^    python (?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown$',
-                     re.MULTILINE)
+PRINTING = r'^    python ((?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown)$'
+COMMAND = re.compile(PRINTING, re.MULTILINE)
+TABLE = re.compile(rf'({PRINTING}\n\n)(.*?)(^<!-- end -->$)', re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r'^    python (compare\.py results/(?:[^\n]|\\\n)*? --plot \S+)$', re.MULTILINE)
 
 

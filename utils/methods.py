@@ -262,8 +262,8 @@ def build_criterion(args, model, class_counts=None):
     auxiliary classifiers, their weighted cross-entropies are added, whatever the method. ValueError if a method asks
     for layers that `model` does not have.
     """
-    weights = dict(zip((name for name in args.method if hasattr(METHODS[name], 'cross_entropy_weight')),
-                       _chosen(args, 'cross_entropy_weight')))
+    weights = {name: _call(METHODS[name].cross_entropy_weight, args) for name in args.method
+               if hasattr(METHODS[name], 'cross_entropy_weight')}
     weight = math.prod(weights.values())
     without = [name for name in weights if not weights[name] and 'cross_entropy_weight' not in flags(METHODS[name])]
     if without and 'cross_entropy_weight' in args.given and args.cross_entropy_weight:
