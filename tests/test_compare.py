@@ -537,6 +537,25 @@ def test_the_same_seed_again_is_left_out_and_the_same_folder_silently(runs, tabl
     assert notes.splitlines()[1:] == [f'left out: {runs}/copy (same setting and seed as {runs}/1)']
 
 
+def test_runs_that_were_tested_on_other_images_are_named(conditions, monkeypatch, capsys):
+    """As where an image of a folder has become unreadable between two runs. In a grid a row is compared within itself."""
+    def told(*more):
+        call(monkeypatch, *conditions, *more)
+        return [line for line in capsys.readouterr().out.splitlines() if 'not the same test' in line]
+
+    few, wrong = conditions
+    for folder, images in ((few, 100), (wrong, 90)):
+        for path in folder.glob('*/*/result.json'):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {'test images': images}))
+    assert told('--grid') == []
+    assert told() == [f'not the same test: {wrong}/dma/seed0 and 13 others on 90 images, '
+                      f'{few}/amp/seed0 and 20 others on 100 images']
+    path = few / 'dma/seed3/result.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'test images': 99}))
+    assert told('--grid') == [f'not the same test: {few}/dma/seed3 on 99 images, '
+                              f'{few}/amp/seed0 and 19 others on 100 images']
+
+
 def test_runs_are_searched_below_a_folder_but_not_in_hidden_ones_or_below_a_run(tmp_path, table):
     for seed, path in enumerate(('a/b/c', 'a/run', 'a/run/older', '.hidden/run')):
         write_run(tmp_path / path, seed=seed)

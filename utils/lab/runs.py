@@ -58,6 +58,7 @@ class Run(NamedTuple):
     best_epoch: int
     parameters: int
     seconds: float  # per epoch
+    images: int | None  # of the test, None in a run of before they were counted
 
 
 class Flags:
@@ -153,9 +154,9 @@ def find_runs(paths):
 
 def read_runs(folders, flags, groups=()):
     """(finished runs, a line about each other one). A setting has one run of a seed: in each of the folders `groups`,
-    and in all others together.
+    and in all others together. A line too if runs of one data set there were tested on different numbers of images.
     """
-    runs, others = {}, []
+    runs, others, tests = {}, [], {}
     for folder in folders:
         if script_of(folder) not in (None, flags.script):
             others.append(f'left out: {folder} (of {script_of(folder)}, and others are of {flags.script})')
@@ -166,6 +167,9 @@ def read_runs(folders, flags, groups=()):
             first = runs.setdefault((group, frozenset(one.setting.items()), one.seed), one)
             if first is not one:
                 others.append(f'left out: {folder} (same setting and seed as {first.folder})')
+                continue
+            tested = tests.setdefault((group, one.setting.get('dataset')), {})
+            tested.setdefault(one.images, []).append(folder)
         except Unfinished as error:
             others.append(f'unfinished: {folder} ({error})')
         except Mixed as error:
@@ -174,6 +178,12 @@ def read_runs(folders, flags, groups=()):
             others.append(f'broken: {folder} ({error})')
         except (KeyError, TypeError, AttributeError, OverflowError) as error:  # a list where a number should be ...
             others.append(f'broken: {folder} (args.json or result.json is not as cifar.py writes it: {error})')
+    for tested in tests.values():
+        tested.pop(None, None)
+        if len(tested) > 1:
+            others.append('not the same test: ' + ', '.join(
+                f'{names[0]}{f" and {len(names) - 1} others" * (len(names) > 1)} on {images} images'
+                for images, names in sorted(tested.items(), key=lambda item: len(item[1]))))
     return list(runs.values()), [shown(line) for line in others]
 
 
@@ -213,7 +223,8 @@ def read_run(folder, flags):
     return Run(folder, setting, number(args, 'seed', file='args.json'),
                {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
                chosen, values, number(result['best'], 'top1', 100), best_epoch, int(number(result, 'parameters')),
-               number(result, 'seconds per epoch'))
+               number(result, 'seconds per epoch'),
+               int(number(result, 'test images')) if 'test images' in result else None)
 
 
 def measured(result):
