@@ -538,7 +538,7 @@ def test_the_same_seed_again_is_left_out_and_the_same_folder_silently(runs, tabl
 
 
 def test_runs_that_were_tested_on_other_images_are_named(conditions, monkeypatch, capsys):
-    """As where an image of a folder has become unreadable between two runs. In a grid a row is compared within itself."""
+    """As where an image of a folder has become unreadable between two runs; a grid compares within a row."""
     def told(*more):
         call(monkeypatch, *conditions, *more)
         return [line for line in capsys.readouterr().out.splitlines() if 'not the same test' in line]

@@ -18,7 +18,8 @@ from models.cifar.airbench import WhiteningConv
 from utils import memory, metrics
 from utils.activations import Activations
 from utils.errors import Stopped, UserError
-from utils.lab import margins as lab
+from utils.files import read_json
+from utils.lab import entries, margins as lab
 
 runs = toy_runs(plain='-a resnet --depth 8 --val-split 0.2', method='-a lenet --method dma --val-split 0.2',
                 arcface='-a mlp --method arcface')
@@ -349,10 +350,22 @@ def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, 
     assert path.read_bytes() == first and capsys.readouterr().out == printed
     call(monkeypatch, script, f'{command} --margins --spectral')
     call(monkeypatch, script, f'{command} --margins --mode train')
-    entries = json.loads(path.read_text())
-    assert entries[:2] == json.loads(first) and [entry['measure'] for entry in entries] == ['angles'] + ['margins'] * 3
-    assert entries[2]['result']['log10 of the product of norms'] > 0 and not entries[1]['settings']['spectral']
-    assert [entry['settings']['images']['mode'] for entry in entries] == ['test'] * 3 + ['train']
+    held = json.loads(path.read_text())
+    assert held[:2] == json.loads(first) and [entry['measure'] for entry in held] == ['angles'] + ['margins'] * 3
+    assert held[2]['result']['log10 of the product of norms'] > 0 and not held[1]['settings']['spectral']
+    assert [entry['settings']['images']['mode'] for entry in held] == ['test'] * 3 + ['train']
+
+
+def test_what_another_process_adds_meanwhile_is_kept(tmp_path):
+    """Two commands measure one checkpoint at once, and the second is ready before the first."""
+    path, measures = str(tmp_path / 'held.json'), {}
+
+    def measure(name):
+        return entries.measured(name, measures, None, {'a': 1}, (), path, lambda *result: None, torch.device('cpu'))
+
+    measures |= {'fast': (lambda: 2, ()), 'slow': (lambda: measure('fast')['result'] + 1, ())}
+    assert measure('slow')['result'] == 3
+    assert [(entry['measure'], entry['result']) for entry in read_json(path)] == [('fast', 2), ('slow', 3)]
 
 
 def test_one_pass_serves_four_measures(runs, monkeypatch, tmp_path):

@@ -1,3 +1,4 @@
+import concurrent.futures
 import io
 import math
 import os
@@ -12,7 +13,7 @@ from utils.flags import Parser, bounded
 from utils.bar import ProgressLine
 from utils.errors import UserError
 from utils.eval import Meter, cross_entropy, logits_of
-from utils.files import read_json, replacing, write_json
+from utils.files import alone, read_json, replacing, write_json
 from utils.logger import Logger, plot_log, read_log, read_rows
 
 
@@ -196,6 +197,23 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path):
     with pytest.raises(TypeError):
         write_json(str(path), object())
     assert path.read_text() == '[\n  1\n]\n' and os.listdir(tmp_path) == ['a.json']
+
+
+def test_nothing_is_lost_of_what_several_add_to_a_file_at_once(tmp_path):
+    """The locks are of open files, so that threads stand for processes."""
+    path = tmp_path / 'held.json'
+    write_json(path, [])
+
+    def add(number):
+        with alone(path):
+            write_json(path, [*read_json(path), number])
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(100)))
+    assert sorted(read_json(path)) == list(range(100)) and os.listdir(tmp_path) == ['held.json']
+    with pytest.raises(ZeroDivisionError), alone(path):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ['held.json']
 
 
 @pytest.mark.parametrize('text', ['', '{', '[' * 100000, '\udcff'])

@@ -1,6 +1,7 @@
 """Files that are either whole or not there, check sums of what is in them, and sentences for a disk that is full."""
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -33,6 +34,31 @@ def replacing(path, size=None):
         raise not_written(path, error, size) or error
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """While it lasts, no other process is in `alone` with this path: to read a file, add to it and write it again.
+
+    Waits for the other. The lock is a hidden file beside `path`, which is gone afterwards; the system frees the lock
+    of a process that dies. Where no such file can be made or locked, nothing is waited for.
+    """
+    folder, name = os.path.split(path)
+    lock = os.path.join(folder, f'.lock-{name}')
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            while not _is_at(lock, held.enter_context(open(lock, 'ab'))):  # another process has removed it
+                held.close()
+            held.callback(_remove, lock)
+        yield
+
+
+def _is_at(path, file):
+    """Lock `file` when it is free; whether it then still is at `path`."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _remove(path):

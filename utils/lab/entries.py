@@ -7,7 +7,7 @@ import time
 
 from utils.device import environment
 from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import alone, read_json, write_json
 
 
 def read(path, cells):
@@ -43,8 +43,8 @@ def measured(measure, measures, args, settings, arguments, path, cells, device):
     """
     function, flags = measures[measure]
     own = {flag: getattr(args, flag) for flag in flags}
-    settings, entries = settings | own, read(path, cells)
-    for entry in entries:
+    settings |= own
+    for entry in read(path, cells):
         if entry['measure'] == measure and entry['settings'] == settings:
             return entry
     began = time.perf_counter()
@@ -52,5 +52,6 @@ def measured(measure, measures, args, settings, arguments, path, cells, device):
     entry = {'measure': measure, 'settings': settings, 'result': result, 'seconds': time.perf_counter() - began,
              'environment': environment(device)}
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    write_json(path, [*entries, entry])
+    with alone(path):
+        write_json(path, [*read(path, cells), entry])  # with what another process has added since
     return entry
