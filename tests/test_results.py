@@ -170,6 +170,31 @@ def test_every_table_of_a_document_is_what_the_runs_say(name, results, monkeypat
         assert capsys.readouterr().out.strip() == shown.strip(), words
 
 
+SIGNED = r'[+-]\d+(?:\.\d+)?'
+CELLS = [tuple(map(float, cell)) for document in (ROOT / 'docs').glob('*.md')
+         for line in document.read_text(encoding='utf-8').splitlines() if line.startswith('| ')
+         for cell in re.findall(rf'({SIGNED}) \[({SIGNED}), ({SIGNED})\]', line)]
+
+
+def is_of_a_table(claim):
+    """Whether a difference and its interval, as text, are those of a cell, rounded to as many digits."""
+    units = [10 ** -len(number.partition('.')[2]) for number in claim]
+    return any(all(abs(float(number) - value) < 0.51 * unit + 0.005 for number, value, unit in zip(claim, cell, units))
+               for cell in CELLS)
+
+
+@pytest.mark.parametrize('name, at_least', [('README.md', 15), ('docs/results.md', 20)])
+def test_every_interval_that_the_prose_states_is_in_a_table(name, at_least):
+    """With the difference, which is the last number with a sign before it."""
+    lines = (ROOT / name).read_text(encoding='utf-8').splitlines()
+    prose = '\n'.join(line for line in lines if name == 'README.md' or not line.startswith('| '))
+    word = rf'(?<![\w.-]){SIGNED}'
+    claims = re.findall(rf'(?={word})({SIGNED})(?:(?!{word})[^\[\]])*\[({SIGNED}),\s+({SIGNED})\]', prose)
+    assert len(claims) == len(re.findall(rf'\[{SIGNED},\s+{SIGNED}\]', prose)) >= at_least
+    assert [claim for claim in claims if not is_of_a_table(claim)] == []
+    assert not is_of_a_table(('+1.9', '+1.8', '+99')) and not is_of_a_table(('+77.1', '+1.5', '+2.4'))
+
+
 def test_a_command_is_run_as_the_document_has_it(results, tmp_path):
     write_run(tmp_path / 'a', args=CLEAN)
     assert '| `(none)` | 1 |' in results.printed(['compare.py', str(tmp_path), '--markdown'])
