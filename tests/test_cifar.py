@@ -18,7 +18,7 @@ from torch import nn
 
 import cifar
 from helpers import refused
-from utils import datasets, methods
+from utils import checkpoint, datasets, methods
 from utils.batches import mean_and_std
 from utils.errors import UserError
 from utils.logger import read_log
@@ -120,6 +120,27 @@ def test_rows_of_epochs_that_no_checkpoint_has_are_dropped(reference, tmp_path):
     finish(start(f'--resume {folder}/checkpoint.pth.tar --epochs 3'))
     resumed = (folder / 'log.txt').read_text()
     assert resumed.startswith(rows) and resumed.count('\n') == rows.count('\n') + 1 and '\t9\t' not in resumed
+
+
+@pytest.mark.parametrize('where', ['run', 'fork'])
+def test_a_best_epoch_of_later_is_none_of_a_run_that_goes_on_from_earlier(where, monkeypatch, tmp_path, capsys):
+    """As where a copy of an earlier checkpoint was kept, and the run is resumed from it, in its folder or another."""
+    last, best = (tmp_path / 'run' / name for name in ('checkpoint.pth.tar', 'model_best.pth.tar'))
+    call(monkeypatch, f'-d digits -a mlp --epochs 2 --lr 0.1 --train-fraction 0.2 --val-split 0.2 -c {last.parent}')
+    early = torch.load(last, weights_only=True)
+    checkpoint.save(str(best), early | {'epoch': 9, 'best': {'top1': 100.0, 'epoch': 9}})
+    with pytest.raises(UserError, match='model_best.pth.tar is of epoch 9, which .* of epoch 2 does not know; no '):
+        call(monkeypatch, f'--resume {last}')
+    call(monkeypatch, f'--resume {last} --epochs 3 -c {tmp_path / where}')
+    assert f'{best} is of epoch 9, which {last} of epoch 2 does not know' in capsys.readouterr().out
+    result = json.loads((tmp_path / where / 'result.json').read_text())
+    assert result['epoch'] == result['best']['epoch'] == 3 and result['best']['top1'] < 100
+    if where == 'fork':
+        assert torch.load(best, weights_only=True)['epoch'] == 9
+    best.write_bytes(best.read_bytes()[:-1000])
+    with pytest.raises(UserError, match='move it away, and the best epoch is looked for from epoch 4 on' if where ==
+                       'run' else 'from epoch 3 on'):
+        call(monkeypatch, f'--resume {last} --epochs 4 -c {tmp_path}/other')
 
 
 # The command line

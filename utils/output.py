@@ -111,20 +111,20 @@ def _forget_locks():
 os.register_at_fork(after_in_child=_forget_locks)
 
 
-def enter(args, finished):
+def enter(args, finished, without_best=False):
     """The first writing to the folder: drop what is to be overwritten, copy the best epoch of a run resumed from
     elsewhere.
 
     finished: nothing is left to train, so that the result of a run that resumes in its folder stays until there is
-    another.
+    another. without_best: the best epoch that is there is not one of the run that goes on.
     """
     folder, resume = args.checkpoint, args.resume
     resumes_here = _is_in(folder, resume)
     replaced = [*RESULTS, *MEASURED[LAST], *MEASURED[BEST]] if args.overwrite else []
-    for name in [RESULT] * (not finished) if resumes_here else replaced:
+    for name in [RESULT] * (not finished) + [BEST] * without_best if resumes_here else replaced:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
-    best = os.path.join(os.path.dirname(resume), BEST) if resume and not resumes_here else ''
+    best = os.path.join(os.path.dirname(resume), BEST) if resume and not (resumes_here or without_best) else ''
     if os.path.exists(best):
         with replacing(os.path.join(folder, BEST)) as temporary:
             shutil.copyfile(best, temporary)

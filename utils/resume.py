@@ -135,6 +135,27 @@ def check_images(args, state, part, found, drawn_by=''):
         print(f'the {part} images are not those of {args.resume} (then {held}, now {found}: check sum and number)')
 
 
+def is_ahead(args, state):
+    """Whether the best epoch's checkpoint beside the one that is resumed is of a later epoch than was best until then,
+    as where a copy of an earlier checkpoint is resumed; says so. UserError if it cannot be read, or no epoch is left.
+    """
+    path = os.path.join(os.path.dirname(args.resume or ''), output.BEST)
+    if not args.resume or 'best' not in state or not os.path.exists(path):
+        return False
+    try:
+        held = checkpoint.read(path)['epoch']
+    except UserError as error:
+        raise UserError(f'{error}; move it away, and the best epoch is looked for from epoch {state["epoch"] + 1} '
+                        'on') from error
+    if held == state['best']['epoch']:
+        return False
+    told = f'{path} is of epoch {held}, which {args.resume} of epoch {state["epoch"]} does not know'
+    if state['epoch'] >= args.epochs:
+        raise UserError(f'{told}; no epoch is left in which a best one could be found, so move it away')
+    print(f'{told}; the best epoch is looked for from there on')
+    return True
+
+
 def setting(args, state):
     """What decides the result of training, as it is now: flag -> value, and what tells the training images."""
     filled_in = methods.setting({name: getattr(args, name) for name in args.inherited})
