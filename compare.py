@@ -81,7 +81,7 @@ def main():
     notes, between = sys.stderr if args.csv else sys.stdout, '\n\n' if args.markdown else '\n'
     if not runs:
         print(*others, sep='\n', file=notes, flush=True)
-        raise UserError(f'none of the {len(others)} runs can be compared, as none is finished')
+        raise UserError(f'none of the {len(folders)} runs can be compared')
     if args.grid:
         rows = rows_of_grid(args, runs, flags, others)
         print(*in_columns(list(cells_of_grid(args, rows)), args.markdown), sep='\n', end='\n\n')

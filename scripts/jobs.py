@@ -6,6 +6,7 @@ Each is a command of cifar.py or imagenet.py with --checkpoint FOLDER. One at a 
 write to FOLDER/output.txt. The cores are shared out, unless OMP_NUM_THREADS says how many threads a run has. Exit
 status: 0, 1 if a run failed, 130 or 143 if it was stopped.
 """
+import contextlib
 import os
 import pathlib
 import queue
@@ -19,16 +20,26 @@ import time
 STOPPED = (130, 143)  # exit statuses after SIGINT and SIGTERM
 
 
-def value(words, flag, default=None):
-    """What follows the last `flag` of a command; of a flag that is given twice the last counts."""
-    values = [after for word, after in zip(words, words[1:]) if word == flag]
-    return values[-1] if values else default
+def value(words, *names, default=None):
+    """What a command gives as its last flag of these names, which are without -; FLAG=VALUE and other spellings, as the
+    scripts take them, count too.
+    """
+    values = [default]
+    for word, after in zip(words, [*words[1:], None]):
+        flag, joined, behind = word.partition('=')
+        if flag.startswith('-') and flag.lower().replace('-', '').replace('_', '') in names:
+            values.append(behind if joined else after)
+    return values[-1]
+
+
+def folder_of(words):
+    return value(words, 'checkpoint', 'c')
 
 
 def is_small(words):
     """Whether a step of this run's network is too small to occupy more than one core."""
-    arch = value(words, '--arch', 'resnet')
-    return arch in ('lenet', 'mlp') or arch == 'resnet' and int(value(words, '--depth', 110)) <= 20
+    arch, depth = value(words, 'arch', 'a', default='resnet'), value(words, 'depth', default='110')
+    return arch in ('lenet', 'mlp') or arch == 'resnet' and depth.isdecimal() and int(depth) <= 20
 
 
 def cores():
@@ -66,10 +77,14 @@ class Jobs:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < self.side_by_side:
                     self.start(self.waiting.pop(0))
+                if not self.running:  # none could be started
+                    break
                 process = self.ended.get()  # waits for one
                 if process.returncode in STOPPED:
                     return self.end(signal.SIGTERM, process.returncode)
-                self.count(self.running.pop(process), process.returncode)
+                folder, status = self.running.pop(process), process.returncode
+                told = f': {last_line(folder)}' if status and self.side_by_side > 1 else ''
+                self.count(folder, status and f'exit status {status}', told)
         except Stop as stop:
             # Ctrl-C has reached the runs as well, as they are of the same terminal.
             return self.end(signal.SIGTERM if stop.args[0] == signal.SIGTERM else 0, 128 + stop.args[0])
@@ -78,16 +93,20 @@ class Jobs:
         return 1 if self.failed else 0
 
     def start(self, words):
-        folder = value(words, '--checkpoint')
+        folder = folder_of(words)
         resumed = pathlib.Path(folder, 'checkpoint.pth.tar').exists()
         print(f'{"resumed" if resumed else "run"}: {folder}', flush=True)
-        output = None
-        if self.side_by_side > 1:
-            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-            output = open(pathlib.Path(folder, 'output.txt'), 'a', encoding='utf-8')
-        process = subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        if output:
-            output.close()
+        try:
+            with contextlib.ExitStack() as stack:
+                output = None
+                if self.side_by_side > 1:
+                    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+                    output = stack.enter_context(open(pathlib.Path(folder, 'output.txt'), 'a', encoding='utf-8'))
+                process = subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
+                                           stderr=output)
+        except OSError as error:
+            self.count(folder, f'not started: {error}')
+            return
         self.running[process] = folder
         threading.Thread(target=self.wait, args=[process], daemon=True).start()
 
@@ -95,12 +114,11 @@ class Jobs:
         process.wait()
         self.ended.put(process)
 
-    def count(self, folder, status):
-        """Count a run that has ended, and say how far all of them are."""
-        if status:
-            self.failed.append(f'{folder} (exit status {status})')
-            reason = f': {last_line(folder)}' if self.side_by_side > 1 else ''
-            print(f'failed: {self.failed[-1]}{reason}', file=sys.stderr, flush=True)
+    def count(self, folder, fault, told=''):
+        """Count a run that has ended, and say how far all of them are. fault: why it failed, or nothing."""
+        if fault:
+            self.failed.append(f'{folder} ({fault})')
+            print(f'failed: {self.failed[-1]}{told}', file=sys.stderr, flush=True)
         else:
             self.done += 1
         left = len(self.waiting) + len(self.running)
@@ -134,9 +152,14 @@ def main():
     words = sys.argv[1:]
     if len(words) > 1 or words and not (words[0].isdecimal() and int(words[0]) > 0):
         sys.exit(f'error: JOBS must be a number of runs side by side, of at least 1, was given {" ".join(words)}')
-    commands = [shlex.split(line) for line in sys.stdin if line.strip()]
+    commands = []
+    for line in filter(str.strip, sys.stdin):
+        try:
+            commands.append(shlex.split(line))
+        except ValueError as error:
+            sys.exit(f'error: {line.strip()} cannot be read as a command ({error})')
     for command in commands:
-        if value(command, '--checkpoint') is None:
+        if folder_of(command) is None:
             sys.exit(f'error: a command needs --checkpoint FOLDER, was given {shlex.join(command)}')
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)

@@ -7,7 +7,7 @@
 #   scripts/keep.sh FOLDER...        runs, or folders with runs somewhere below them
 folders=()
 for folder; do
-    folders+=("$(realpath -m -- "$folder")")
+    folders+=("$(realpath -ms -- "$folder")")
 done
 . "$(dirname "$0")/run.sh"
 exec "$PYTHON" -m utils.lab.keep "${folders[@]}"

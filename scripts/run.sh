@@ -31,8 +31,17 @@ run() {
     if [ -e "$folder/result.json" ]; then
         say "finished: $folder"
     else
-        commands+=$(printf '%q ' "$PYTHON" "${SCRIPT:-cifar.py}" "$@" --checkpoint "$folder" --resume)auto$'\n'
+        commands+=$(quoted "$PYTHON" "${SCRIPT:-cifar.py}" "$@" --checkpoint "$folder" --resume auto)$'\n'
     fi
+}
+
+quoted() {  # words as jobs.py and a shell read them again; printf %q has a form of its own for é
+    local word line=
+    for word; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+        line+=" $word"
+    done
+    echo "${line# }"
 }
 
 say() {  # to the terminal, beside the commands that LIST=1 prints

@@ -31,14 +31,23 @@ TRIAL_SEEDS=${TRIAL_SEEDS:-101 102}
 SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 for word; do
-    case ${word%%=*} in
-        --lr|--learning-rate|--wd|--weight-decay) variable='LRS and TUNED' ;;
-        --method) [ "$METHODS" ] || continue; variable=METHODS ;;
-        --manualSeed) variable='TRIAL_SEEDS and SEEDS' ;;
-        -c|--checkpoint) variable=OUT ;;
-        --val-split|--resume|--overwrite) variable='the search itself' ;;
+    [[ $word == -* ]] || continue
+    bare=${word%%=*} bare=${bare,,} method=
+    case ${bare//[-_]/} in  # the scripts take a flag with - or _ and in either case
+        lr|learningrate|wd|weightdecay) variable='LRS and TUNED' ;;
+        method) [ "$METHODS" ] || continue; variable=METHODS ;;
+        manualseed) variable='TRIAL_SEEDS and SEEDS' ;;
+        c|checkpoint) variable=OUT ;;
+        valsplit|resume|overwrite) variable='the search itself' ;;
+        labelsmoothing) method=smoothing ;;
+        mixup|cutout|dropout) method=${bare#--} ;;
+        flood) method=flooding ;;
         *) continue ;;
     esac
+    if [ "$method" ]; then
+        [[ " $METHODS " == *" $method "* ]] || continue
+        variable="$method of METHODS"
+    fi
     echo "error: ${word%%=*} for every run would undo the search; that is said by $variable" >&2
     exit 2
 done
@@ -139,10 +148,14 @@ choose() {  # trial: that of method $1 which is best on the validation images; f
     exit 1
 }
 
-combine() {  # combined: the chosen flags of the methods that + joins in $1
+first() {  # trial: the first of method $1
+    trial=$(grid "$1" | head -n 1)
+}
+
+combine() {  # combined: the flags of the methods that + joins in $1, each with its trial that $2 finds
     local methods= others= part words
     for part in ${1//+/ }; do
-        choose "$part"
+        "$2" "$part"
         words=($(flags "$part" "$trial"))
         [ "${words[0]}" != --method ] || { methods+=" ${words[1]}"; words=("${words[@]:2}"); }
         others+=" ${words[*]}"
@@ -152,6 +165,16 @@ combine() {  # combined: the chosen flags of the methods that + joins in $1
 }
 
 given=("$@")
+combined=$(for combination in $COMBINATIONS; do
+    combine "$combination" first
+    quoted $recipe $combined "${given[@]}"
+done)
+[ -z "$combined" ] || "$PYTHON" -c '  # before any training: whether these methods go together
+import shlex, sys, cifar
+for line in sys.stdin:
+    sys.argv[1:] = shlex.split(line)
+    cifar.parse_arguments()
+' <<< "$combined" || exit 2
 try "" none
 run_all
 choose none
@@ -159,7 +182,7 @@ plain=$trial
 try "$plain" $METHODS
 run_all
 for method in none $METHODS $COMBINATIONS; do
-    combine "$method"
+    combine "$method" choose
     say "chosen: $method $combined"
     [ "$method" = none ] && common= || common=$plain
     for seed in $SEEDS; do

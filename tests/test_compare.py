@@ -251,6 +251,14 @@ def test_runs_that_were_tested_once_are_drawn_as_intervals(tmp_path, monkeypatch
     assert panels[0].get_yticklabels()[0].get_text() == '--method amp'
 
 
+def test_a_plot_of_no_difference_is_refused(tmp_path, monkeypatch):
+    for seed in range(3):
+        write_run(tmp_path / f'runs/{seed}', seed=seed, curve=(50.0 + seed,))
+    with pytest.raises(UserError, match='--plot draws differences to a baseline, and there is none'):
+        call(monkeypatch, tmp_path / 'runs', '--plot', tmp_path / 'x.png')
+    assert not (tmp_path / 'x.png').exists()
+
+
 def test_error_turns_accuracies_around_and_no_verdict(metrics, table, monkeypatch, capsys):
     accuracy, _ = table(metrics, '--metric', 'top1', 'loss')
     error, _ = table(metrics, '--metric', 'top1', 'loss', '--error')
@@ -537,6 +545,16 @@ def test_the_same_seed_again_is_left_out_and_the_same_folder_silently(runs, tabl
     assert notes.splitlines()[1:] == [f'left out: {runs}/copy (same setting and seed as {runs}/1)']
 
 
+def test_runs_behind_links_count_once(tmp_path, table):
+    """As where some were moved to another disk. A link may lead back."""
+    for name, seed in (('here/b', 1), ('moved/a', 2)):
+        write_run(tmp_path / name, seed=seed)
+    (tmp_path / 'here/a').symlink_to(tmp_path / 'moved/a')
+    (tmp_path / 'here/again').symlink_to(tmp_path / 'here')
+    rows, notes = table(tmp_path / 'here', tmp_path / 'moved')
+    assert [row['n'] for row in rows.values()] == [2] and 'left out' not in notes
+
+
 def test_runs_that_were_tested_on_other_images_are_named(conditions, monkeypatch, capsys):
     """As where an image of a folder has become unreadable between two runs; a grid compares within a row."""
     def told(*more):
@@ -682,7 +700,7 @@ def test_without_a_finished_run_the_others_are_listed_and_the_status_is_1(tmp_pa
     result = subprocess.run(command, cwd=os.path.dirname(compare.__file__), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and result.stdout == f'unfinished: {tmp_path}/a (epoch 3 of 3, but no result.json)\n'
     assert result.stderr.startswith('error: ')
-    assert 'none is finished' in result.stderr and result.stderr.count('\n') == 1
+    assert 'none of the 1 runs can be compared' in result.stderr and result.stderr.count('\n') == 1
 
 
 # The plot

@@ -357,15 +357,19 @@ def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, 
 
 
 def test_what_another_process_adds_meanwhile_is_kept(tmp_path):
-    """Two commands measure one checkpoint at once, and the second is ready before the first."""
-    path, measures = str(tmp_path / 'held.json'), {}
+    """Two commands measure one checkpoint at once, and the second is ready before the first. Each entry has its own
+    flags, and no other's.
+    """
+    path, settings, args, measures = str(tmp_path / 'held.json'), {'a': 1}, types.SimpleNamespace(factor=2, rise=1), {}
 
     def measure(name):
-        return entries.measured(name, measures, None, {'a': 1}, (), path, lambda *result: None, torch.device('cpu'))
+        return entries.measured(name, measures, args, settings, (), path, lambda *result: None, torch.device('cpu'))
 
-    measures |= {'fast': (lambda: 2, ()), 'slow': (lambda: measure('fast')['result'] + 1, ())}
-    assert measure('slow')['result'] == 3
-    assert [(entry['measure'], entry['result']) for entry in read_json(path)] == [('fast', 2), ('slow', 3)]
+    measures |= {'fast': (lambda factor: factor, ('factor',)),
+                 'slow': (lambda rise: measure('fast')['result'] + rise, ('rise',))}
+    assert measure('slow')['result'] == 3 and settings == {'a': 1}
+    assert [(entry['measure'], entry['settings'], entry['result']) for entry in read_json(path)] == [
+        ('fast', {'a': 1, 'factor': 2}, 2), ('slow', {'a': 1, 'rise': 1}, 3)]
 
 
 def test_one_pass_serves_four_measures(runs, monkeypatch, tmp_path):

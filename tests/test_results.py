@@ -136,6 +136,18 @@ def test_a_kept_run_is_not_replaced_by_another(kept, tmp_path, monkeypatch, caps
     assert 'refused: elsewhere/none/seed1 (results/seed1 is another run; remove that' in capsys.readouterr().err
     assert json.loads((kept / 'seed1/result.json').read_text())['test top-1'] == 60
     call(monkeypatch, keep, 'elsewhere/dma')  # the same again
+    (kept / 'seed1/result.json').write_text('<<<<<<< HEAD')
+    with pytest.raises(UserError, match='1 of 1 runs cannot be kept'):
+        call(monkeypatch, keep, 'elsewhere/dma')
+    assert '(results/seed1 is damaged, as result.json is not JSON' in capsys.readouterr().err
+
+
+def test_a_run_behind_a_link_is_kept_at_the_place_of_the_link(kept, tmp_path, monkeypatch):
+    write_run(tmp_path / 'disk/x', args=CLEAN)
+    (tmp_path / 'checkpoints/a').mkdir(parents=True)
+    (tmp_path / 'checkpoints/a/seed1').symlink_to(tmp_path / 'disk/x')
+    call(monkeypatch, keep, 'checkpoints')
+    assert (kept / 'a/seed1/result.json').exists() and not (kept / 'x').exists()
 
 
 def test_what_was_measured_before_goes_with_its_file(kept, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ line=
 for word; do line="$line${line:+, }\\"$word\\""; done
 case $1 in
     scripts/jobs.py) exec "$REAL" "$@" ;;
+    -c) exec "$REAL" "$@" ;;
     -m) ls "$3" | head -n 1; exit ;;
     compare.py) echo "table of $2"; echo "[$line]" > "$RECORD.compare"; exit ;;
 esac
@@ -265,7 +266,8 @@ def jobs_script(commands, *words, **options):
 
 @pytest.mark.parametrize('words, small', [
     ('--arch lenet', True), ('--arch mlp', True), ('--arch resnet --depth 8', True), ('--depth 20', True),
-    ('--arch resnet --depth 20 --depth 56', False), ('--arch resnet', False), ('--arch wrn --depth 16', False)])
+    ('--arch resnet --depth 20 --depth 56', False), ('--arch resnet', False), ('--arch wrn --depth 16', False),
+    ('--arch lenet -a vgg11_bn', False), ('-a=mlp', True), ('--arch lenet --ARCH=vgg11_bn', False)])
 def test_small_networks_run_one_for_each_core(words, small):
     sys.path.append(str(ROOT / 'scripts'))
     import jobs
@@ -281,6 +283,27 @@ def test_small_networks_run_one_for_each_core(words, small):
 def test_odd_jobs_are_refused(words, sentence):
     result = jobs_script('python cifar.py\n', *words)
     assert (result.returncode, result.stderr, result.stdout) == (1, sentence + '\n', '')
+
+
+def test_what_is_no_command_is_refused_and_what_cannot_be_started_has_failed(tmp_path):
+    result = jobs_script('python "cifar.py\n')
+    assert result.returncode == 1 and result.stderr.startswith('error: python "cifar.py cannot be read as a command (')
+    (tmp_path / 'file').touch()
+    result = jobs_script(f'sh -c "sleep 0.5; touch {tmp_path}/ended" --checkpoint {tmp_path}/a\n'
+                         f'{tmp_path}/nopython x --checkpoint {tmp_path}/b\ntrue --checkpoint {tmp_path}/file\n', '3')
+    assert result.returncode == 1 and (tmp_path / 'ended').exists() and '1 done, 2 failed, 0 left' in result.stdout
+    failed = result.stderr.split('\nfailed:\n')[1].splitlines()
+    assert [line.split(' (')[0] for line in failed] == [f'{tmp_path}/b', f'{tmp_path}/file']
+    assert all('not started: ' in line for line in failed) and 'Traceback' not in result.stderr
+    result = jobs_script(f'{tmp_path}/nopython x --checkpoint {tmp_path}/b\n', '1')
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+
+
+def test_any_path_is_listed_as_it_is_in_the_c_locale(stage):
+    folder = "b é $x 'q'"
+    result, _ = stage.call('all_methods.sh', '--data', folder, LIST='1', METHODS='none', SEEDS='1', LC_ALL='C')
+    words, = map(shlex.split, result.stdout.splitlines())
+    assert value(words, '--data') == folder
 
 
 def test_the_reason_of_a_failure_is_shown(tmp_path):
@@ -333,17 +356,20 @@ def test_combinations_take_what_each_method_chose_alone_in_trials_of_before(stag
     assert result.returncode == 2
     assert result.stderr == 'error: COMBINATIONS can be one or several of: dma amp smoothing; was given sam\n'
     for combination, words in (('amp-late+dma', 'begins late, as --method-start'),
-                               ('sam+dma-late', 'begins late'), ('amp', 'one method, which is for')):
-        result, _ = stage.call('search.sh', LIST='1', **{**variables, 'COMBINATIONS': combination})
+                               ('sam+dma-late', 'begins late'), ('amp', 'one method, which is for'),
+                               ('amp+sam', 'cannot combine')):
+        result, _ = stage.call('search.sh', LIST='1', METHODS='dma amp sam', COMBINATIONS=combination)
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('flags, variable', [
     ('--lr 0.1', 'LRS and TUNED'), ('--learning-rate=0.1', 'LRS and TUNED'), ('--wd 0', 'LRS and TUNED'),
     ('--method amp', 'METHODS'), ('--manualSeed 3', 'TRIAL_SEEDS and SEEDS'), ('-c x', 'OUT'),
-    ('--val-split 0.2', 'the search itself')])
+    ('--val-split 0.2', 'the search itself'), ('--Weight_Decay 0', 'LRS and TUNED'),
+    ('--manual-seed=7', 'TRIAL_SEEDS and SEEDS'), ('--label-smoothing 0.1', 'smoothing of METHODS'),
+    ('--mixup 1', 'mixup of METHODS')])
 def test_flags_that_would_undo_the_search_are_refused(flags, variable, stage):
-    result, commands = stage.call('search.sh', *flags.split(), LIST='1')
+    result, commands = stage.call('search.sh', *flags.split(), LIST='1', METHODS='dma smoothing mixup')
     assert (result.returncode, commands, result.stdout) == (2, [], '')
     assert result.stderr == (f'error: {re.split("[ =]", flags)[0]} for every run would undo the search; that is said '
                              f'by {variable}\n')

@@ -43,7 +43,7 @@ def measured(measure, measures, args, settings, arguments, path, cells, device):
     """
     function, flags = measures[measure]
     own = {flag: getattr(args, flag) for flag in flags}
-    settings |= own
+    settings = settings | own
     for entry in read(path, cells):
         if entry['measure'] == measure and entry['settings'] == settings:
             return entry

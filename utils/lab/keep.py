@@ -27,10 +27,10 @@ def main():
             refused.append(f'{shown(folder)} ({reason})')
             continue
         target = place_of(folder)
-        if is_another(folder, target):
+        if what := other_than(folder, target):
             place = shown(target.relative_to(ROOT).as_posix())
-            refused.append(f'{shown(folder)} ({place} is another run; remove that, or give this one another folder '
-                           'below checkpoints/)')
+            refused.append(f'{shown(folder)} ({place} {what}; remove that, or give this one another folder below '
+                           'checkpoints/)')
             continue
         target.mkdir(parents=True, exist_ok=True)
         for name in (*FILES, *MEASURED):
@@ -62,9 +62,14 @@ def why_not(folder):
     return None
 
 
-def is_another(folder, target):
-    """Whether `target` has the result of another run than `folder`."""
-    return (target / RESULT).exists() and lab_runs.read_dict(target, RESULT) != lab_runs.read_dict(folder, RESULT)
+def other_than(folder, target):
+    """What `target` holds, in words, if it is not the result of the run in `folder`; None if it is, or nothing."""
+    if not (target / RESULT).exists():
+        return None
+    try:
+        return None if lab_runs.read_dict(target, RESULT) == lab_runs.read_dict(folder, RESULT) else 'is another run'
+    except ValueError as error:
+        return f'is damaged, as {error}'
 
 
 def name_folder(target):
@@ -78,8 +83,9 @@ def name_folder(target):
 
 def place_of(folder):
     """Where in results/ a run is kept: at its path below checkpoints/, or under its own name."""
-    path = pathlib.Path(folder).resolve()
-    above = (ROOT / 'checkpoints').resolve()
+    above, path = ROOT / 'checkpoints', pathlib.Path(os.path.abspath(folder))
+    if not path.is_relative_to(above):
+        above, path = above.resolve(), path.resolve()
     return ROOT / 'results' / (path.relative_to(above) if path.is_relative_to(above) else path.name)
 
 

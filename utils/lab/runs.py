@@ -138,8 +138,12 @@ def find_runs(paths):
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f'there is no folder {path}')
-        below = []
-        for folder, subfolders, files in os.walk(os.path.normpath(path)):
+        below, visited = [], set()
+        for folder, subfolders, files in os.walk(os.path.normpath(path), followlinks=True):
+            if (real := os.path.realpath(folder)) in visited:  # a link has led back
+                subfolders.clear()
+                continue
+            visited.add(real)
             is_run = 'args.json' in files or 'log.txt' in files
             below += [folder] if is_run else []
             subfolders[:] = [] if is_run else sorted(name for name in subfolders if not name.startswith('.'))
