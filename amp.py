@@ -81,11 +81,12 @@ class AMP(torch.optim.Optimizer):
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
     def load_state_dict(self, state_dict):
-        """Loads a state_dict of AMP, or of the base optimizer alone."""
+        """Loads a state_dict of AMP, or of the base optimizer alone, which leaves each group its radius and steps."""
+        before = self.param_groups
         self.base_optimizer.load_state_dict(state_dict)
         self._use_base_groups()
-        for group in self.param_groups:
-            group.update({**self.defaults, **group})
+        for own, group in zip(before, self.param_groups):
+            group.update({**own, **group})
 
     def __getstate__(self):
         own = {name: value for name, value in vars(self).items() if not name.startswith('_')}
@@ -248,6 +249,11 @@ def add_climbing_arguments(parser):
 
 
 STRENGTH = 'epsilon'
+
+
+def strength(args):
+    """0 where --method-start and --method-ramp have nothing to scale."""
+    return args.inner_iter and args.epsilon
 
 
 def optimizer(args, model, steps_per_epoch):

@@ -221,6 +221,8 @@ def loss_term(args):
     """`args` -> (outputs, targets, activations) -> scalar."""
     if 'aggregate' in args.given and args.top_k == 1:
         raise ValueError('--aggregate does nothing with --top-k 1, as there is one class to aggregate over')
+    if args.large_margin_coef == 0 and args.cross_entropy_weight == 0:
+        raise ValueError('--large-margin-coef 0 leaves nothing to train on without a --cross-entropy-weight')
     weights = 'elements' if args.layer_weights == ['elements'] else args.layer_weights
     loss = LargeMarginLoss(args.large_margin_gamma, args.large_margin_alpha, args.top_k, args.norm, args.aggregate,
                            not args.exact, weights)

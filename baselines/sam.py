@@ -95,7 +95,7 @@ class SAM(AMP):
 
     def _step_ahead(self, closure):
         ahead = [(group, p, v) for group in self.param_groups if group['rho'] != 0 for p in group['params']
-                 if (v := momentum_of(self.state.get(p, {}))) is not None]
+                 if p.requires_grad and (v := momentum_of(self.state.get(p, {}))) is not None]
         weights = [p for _, p, _ in ahead]
         theta = copies(weights) if ahead else []
         try:

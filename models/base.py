@@ -43,7 +43,8 @@ class ImageClassifier(nn.Module):
         self.in_features, self.num_classes = in_features, num_classes
         self.head = classifier(in_features, num_classes)
         # A method's head is called with the targets too; nn.Linear knows only features.
-        self.head_takes_targets = 'targets' in inspect.signature(self.head.forward).parameters
+        _, *others = inspect.signature(self.head.forward).parameters
+        self.head_takes_targets = others[:1] in [['targets'], ['target'], ['labels'], ['label']]
 
     def features(self, x):
         raise NotImplementedError

@@ -579,6 +579,14 @@ def test_the_state_of_the_base_optimizer_alone_can_be_loaded():
     assert torch.allclose(p, torch.tensor(1 - 0.1 - 0.1 * 1.9))
 
 
+def test_a_group_keeps_its_epsilon_where_the_state_has_none():
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{'params': [p]} for p in weights]
+    optimizer = AMP([{**groups[0]}, {**groups[1], 'epsilon': 0.0}], lr=0.2, epsilon=0.5)
+    optimizer.load_state_dict(torch.optim.SGD(groups, lr=0.1).state_dict())
+    assert [(group['epsilon'], group['lr']) for group in optimizer.param_groups] == [(0.5, 0.1), (0.0, 0.1)]
+
+
 def test_the_file_works_alone(tmp_path):
     shutil.copy(ROOT / 'amp.py', tmp_path)
     result = subprocess.run([sys.executable, 'amp.py'], cwd=tmp_path, capture_output=True, text=True)

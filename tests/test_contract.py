@@ -96,6 +96,46 @@ def test_an_optimizer_written_into_main_keeps_its_rate_and_options(lion, few_dig
     assert_same_state(state, read(tmp_path / 'parts'))
 
 
+def test_what_the_loop_sets_by_hand_stays_and_is_the_same_after_a_resume(few_digits, monkeypatch, tmp_path):
+    """Momentum and epsilon by epoch, and a rate in the place of schedule.apply, which is then that of the log."""
+    train, used = cifar.train, []
+
+    def edited(run, criterion, optimizer, epoch, args):
+        for group in optimizer.param_groups:
+            group.update(momentum=0.5 + 0.2 * epoch, epsilon=0.01 * (epoch + 1), lr=0.02 / 2 ** epoch)
+        result = train(run, criterion, optimizer, epoch, args)
+        used.append([optimizer.param_groups[0][name] for name in ('momentum', 'epsilon', 'lr')])
+        return result
+
+    monkeypatch.setattr(cifar, 'train', edited)
+    monkeypatch.setattr(schedule, 'apply', lambda *args: None)
+    flags = f'{SHORT} --epochs 3 --method amp --epsilon 0.3'
+    call(monkeypatch, cifar, f'{flags} -c {tmp_path}/whole')
+    whole, used[:] = [*used], []
+    assert whole == [pytest.approx([0.5, 0.01, 0.02]), pytest.approx([0.7, 0.02, 0.01]),
+                     pytest.approx([0.9, 0.03, 0.005])]
+    assert read_log(tmp_path / 'whole/log.txt')['Learning Rate'] == [0.02, 0.01, 0.005]
+    broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=1)
+    call(monkeypatch, cifar, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
+    assert used[-2:] == whole[1:]
+    assert_same_state(read(tmp_path / 'whole'), read(tmp_path / 'parts'))
+    assert json.load(open(tmp_path / 'parts/args.json'))['changes'] == []
+
+
+def test_with_the_schedule_in_the_loop_other_options_set_by_hand_stay_too(few_digits, monkeypatch, tmp_path):
+    train, used = cifar.train, []
+
+    def edited(run, criterion, optimizer, epoch, args):
+        optimizer.param_groups[0].update(momentum=0.5 + 0.2 * epoch, epsilon=0.01 * (epoch + 1))
+        result = train(run, criterion, optimizer, epoch, args)
+        used.append([optimizer.param_groups[0][name] for name in ('momentum', 'epsilon')])
+        return result
+
+    monkeypatch.setattr(cifar, 'train', edited)
+    call(monkeypatch, cifar, f'{SHORT} --method amp -c {tmp_path}')
+    assert used == [[0.5, 0.01], [0.7, 0.02]]
+
+
 def test_state_of_another_class_is_refused(few_digits, lion, monkeypatch, tmp_path):
     call(monkeypatch, cifar, f'{SHORT} --epochs 1 -c {tmp_path}')
     monkeypatch.undo()

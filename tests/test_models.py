@@ -217,6 +217,21 @@ def test_the_head_is_swappable_and_sees_features_and_targets(arch):
     assert [tuple(part.shape) for part in outputs] == [(2, 10), (2, 10)]
 
 
+@pytest.mark.parametrize('name, given', [('target', True), ('labels', True), ('label', True), ('scale', False)])
+def test_a_head_may_call_its_targets_otherwise_and_another_argument_is_left_alone(name, given):
+    seen = []
+
+    class Head(nn.Module):
+        def __init__(self, in_features, num_classes):
+            super().__init__()
+
+    exec(f'def forward(self, input, {name}=None): seen.append({name}); return input', {'seen': seen}, made := {})
+    Head.forward = made['forward']
+    targets = torch.tensor([0, 1])
+    small('lenet', Head, 3)(torch.randn(2, 3, 32, 32), targets)
+    assert (seen[-1] is targets) == given
+
+
 @pytest.mark.parametrize('arch', [arch for arch in models.MODELS if arch not in ('resnet9', 'airbench')])
 def test_convolutions_begin_with_he_initialisation(arch):
     for module in small(arch).modules():

@@ -385,6 +385,18 @@ def test_interrupted_and_resumed(flags, few_digits, mirrored_digits, monkeypatch
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize('epochs, start', [(90, 0.7), (180, 0.7), (100, 0.57), (200, 0.29), (4, 0.5), (10, 0.0)])
+def test_the_mean_is_of_the_epochs_behind_its_share_of_them(epochs, start):
+    """0.7 of 90 epochs are 63, though 0.7 * 90 is 62.99999999999999."""
+    steps = Steps(f'--swa {start} --epochs {epochs}', 'mlp')
+    run, averaged = steps.run, []
+    run.average.update_parameters = lambda model: averaged.append(epoch)
+    run.batches['train'].shuffled = lambda *args: iter(())
+    for epoch in range(epochs):
+        list(run.steps(epoch))
+    assert averaged == list(range(round(start * epochs), epochs))
+
+
 def test_the_mean_of_weights_is_what_a_checkpoint_is_tested_with(few_digits, monkeypatch, tmp_path, capsys):
     call(monkeypatch, cifar, f'{SHORT} --epochs 3 --swa 0.4 -c {tmp_path}')
     result = json.load(open(tmp_path / 'result.json'))

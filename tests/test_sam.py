@@ -118,6 +118,23 @@ def options(request):
     return {'lr': 0.1, 'momentum': 0.9, **request.param}
 
 
+def test_parameters_that_are_frozen_later_do_not_move_and_do_not_shorten_the_look_ahead():
+    a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    optimizer, seen = SAM([a, b], lr=0.1, momentum=0.9, rho=0.5, direction='momentum'), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (a + (3 * b if b.requires_grad else 0)).sum()
+        loss.backward()
+        seen.append((a.item(), b.item()))
+
+    optimizer.step(closure)
+    b.requires_grad_(False)
+    before = a.item(), b.item()
+    optimizer.step(closure)
+    assert seen[1] == (pytest.approx(before[0] - 0.5), before[1])  # of a alone, whose momentum is 1
+
+
 def trained(model, optimizer, steps, x, y):
     for _ in range(steps):
         optimizer.step(closure_of(model, optimizer, x, y))

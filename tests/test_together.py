@@ -16,6 +16,7 @@ from utils.batches import Batches, Split, mean_and_std
 from utils.activations import Activations
 from utils.errors import UserError
 from utils.eval import shown_logits
+from utils.parts import Batch, Parts
 from utils.logger import read_log
 
 HEADS, OPTIMIZERS = {'dma', 'lsoftmax'}, {'amp', 'smoothout'}
@@ -174,6 +175,24 @@ def test_the_gradient_is_the_mean_over_images_of_parts_with_statistics_of_their_
         torch.testing.assert_close(ours, p - 0.1 * p.grad, rtol=1e-5, atol=1e-6)
     for ours, expected in zip(run.model.buffers(), by_hand.model.buffers()):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize('options', ['', '--mini-batch 2'])
+def test_a_batch_that_the_loop_makes_longer_or_shorter_has_a_mean_of_its_own(options):
+    """Twice the same images have the gradient of once, and half of them that of a batch of half as many."""
+    def gradient(edit):
+        run = Run(arguments(options))
+        parts = Parts(run.model.train(), run.optimizer, run.args)
+        torch.manual_seed(0)
+        images, targets = edit(torch.rand(8, 3, 32, 32)), edit(torch.arange(8) % 4)
+        for images, targets, weight in parts.of(Batch(images, targets, size=8)):
+            (weight * nn.functional.cross_entropy(run.model.eval()(images), targets)).backward()
+        return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+    once = gradient(lambda values: values)
+    torch.testing.assert_close(gradient(lambda values: values.repeat_interleave(2, dim=0)), once)
+    first, second = gradient(lambda values: values[:4]), gradient(lambda values: values[4:])
+    torch.testing.assert_close((first + second) / 2, once)
 
 
 def test_each_part_sees_noise_of_its_own_and_every_pass_of_a_step_counts_once():

@@ -88,7 +88,8 @@ REQUIRED = {
 # Later versions added these.
 OPTIONAL = {
     'script': WORD, 'optimizer_class': WORD, 'ema': optional(TENSORS), 'other_random_states': list_of(RANDOM_STATE),
-    'step': COUNT, 'meter': optional(METER), 'seconds': NUMBER,
+    'step': COUNT, 'own_rate': Kind('true or false', lambda value: type(value) is bool), 'meter': optional(METER),
+    'seconds': NUMBER,
     'log': Kind('a header and rows of numbers', lambda value: list_of(list_of(WORD)).fits(value) and _is_log(value)),
     'images': dict_of(WORD), 'trained_with': dict_of(PLAIN), 'changes': list_of(WORD),
 }

@@ -145,14 +145,11 @@ def check_arguments(args, parser):
         for flag in sorted(first_values & args.given):
             parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its '
                          'checkpoint')
-        mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
-        if name in args.method and mixing and getattr(module, 'CLASS_TARGETS', False):
+    mixing = [flag for flag in ('mixup', 'cutmix') if getattr(args, flag, 0)]
+    for name in args.method if mixing else ():
+        if getattr(METHODS[name], 'CLASS_TARGETS', False):
             parser.error(f'--method {name} and --{mixing[0]} cannot combine: it needs one class for each image, and a '
                          'mixed image has two')
-    numbers = [METHODS[name].strength(args) if hasattr(METHODS[name], 'strength') else
-               getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None) for name in args.method]
-    if args.given & {'method_start', 'method_ramp'} and numbers and all(number == 0 for number in numbers):
-        parser.error('--method-start and --method-ramp scale a strength that is 0 here')
     weighted = [name for name in args.method if hasattr(args, f'{name}_coef')]
     if 'coef' in args.given:
         if len(weighted) != 1:
@@ -162,6 +159,10 @@ def check_arguments(args, parser):
         if f'{weighted[0]}_coef' in args.given:
             parser.error(f'--coef and {_coef_flag(weighted[0])} are the same weight; use one of them')
         setattr(args, f'{weighted[0]}_coef', args.coef)
+    numbers = [METHODS[name].strength(args) if hasattr(METHODS[name], 'strength') else
+               getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None) for name in args.method]
+    if args.given & {'method_start', 'method_ramp'} and numbers and all(number == 0 for number in numbers):
+        parser.error('--method-start and --method-ramp scale a strength that is 0 here')
     for name in weighted:
         if not 0 <= getattr(args, f'{name}_coef') < math.inf:
             parser.error(f'{_coef_flag(name)} must be a number of at least 0, was given '
@@ -269,7 +270,7 @@ def build_criterion(args, model, class_counts=None):
     if without and 'cross_entropy_weight' in args.given and args.cross_entropy_weight:
         raise ValueError(f'--cross-entropy-weight {args.cross_entropy_weight:g} does nothing with --method '
                          f'{without[0]}, which is trained on instead of the cross-entropy')
-    if args.label_smoothing and not weight:
+    if args.label_smoothing and not weight and not (args.method_start or args.method_ramp):  # which begin with it
         hint = '' if without else '; give it a --cross-entropy-weight'
         raise ValueError(f'--label-smoothing does nothing without cross-entropy, which --method '
                          f'{" ".join(args.method)} does without{hint}')

@@ -13,7 +13,7 @@ from utils.eval import shown_logits
 
 class Batch(NamedTuple):
     """images: float (N, 3, height, width), of this process. targets: (N,), or (N, classes). size: images of all
-    processes.
+    processes; of one process it is N, whatever it says.
     """
     images: torch.Tensor
     targets: torch.Tensor
@@ -57,6 +57,8 @@ class Parts:
 
     def of(self, batch):
         """(images, targets, weight) of each part of a `Batch`; the weight is a number."""
+        if not distributed.active():  # then a loop may make a batch longer or shorter
+            batch = batch._replace(size=len(batch.targets) or batch.size)
         batch, passes = self._to_pass(batch), 2 if self.adversarial else 1
         self.batch_size, self.passes, self.trained_losses = batch.size, passes, []
         images, targets = batch.images, batch.targets

@@ -186,7 +186,7 @@ def changes(args, state, now, rows, rates):
     """What a run that is resumed will be trained with and was not until now: a list of at most one sentence.
 
     now: its `setting`. rows: of the log. rates: the learning rate at which it would have begun the epoch of each row;
-    flags about the rate count as changed where that is not the rate in the log.
+    flags about the rate count as changed where that is not the rate in the log, unless the script sets its own.
     """
     then = state.get('trained_with')
     if then is None and args.resume and (state['epoch'] > args.start_epoch or state.get('step')):
@@ -195,7 +195,7 @@ def changes(args, state, now, rows, rates):
         return []
     names = {name for name in then.keys() & now.keys() if then[name] != now[name]} - {'data', 'epochs'}
     other_rate = False
-    if not state.get('changes'):
+    if not state.get('changes') and not state.get('own_rate'):
         names -= set(schedule.RATE_FLAGS)
         other_rate = any(float(row[1]) != float(f'{rate:.6g}') for row, rate in zip(rows, rates))
     words = [f'{name.replace("_", "-")} {_word(then[name])} -> {_word(now[name])}' for name in sorted(names)]

@@ -68,6 +68,8 @@ class Run:
             if (steps - 1) / steps < share:
                 raise UserError(f'{flag} {share:g} leaves no step to what begins there: the last of {steps} begins '
                                 'before it')
+        for group in optimizer.param_groups:
+            schedule.made_with(group)
         self.scaled_options = methods.scaled_options(args)
         methods.check_optimizer(args, optimizer)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
@@ -77,6 +79,7 @@ class Run:
         self.drawn, self.drawing_failed = time.perf_counter(), False
         self.read_again = 2  # checkpoints: the first has no state of the optimizer yet
         self.seconds = 0.0  # of training in the epoch that is running or has just run
+        self.rate = math.nan  # at the beginning of that epoch
 
     def __enter__(self):
         args, state = self.args, self.state
@@ -144,7 +147,10 @@ class Run:
         with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
             for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
                 data_seconds = time.perf_counter() - asked
-                yield epoch * self.steps_per_epoch + index, Batch(images, targets, batches.images_in(index))
+                step = epoch * self.steps_per_epoch + index
+                yield step, Batch(images, targets, batches.images_in(index))
+                if index == resumed:
+                    self.rate = self._rate_of_epoch(epoch, step)
                 self.seconds, done = time.perf_counter() - began, index + 1
                 if self.bar.advance(self.meter, data_seconds):
                     self._check_losses(self.meter, epoch)
@@ -155,7 +161,7 @@ class Run:
                 asked = time.perf_counter()
         self.bar = None
         self._check_losses(self.meter.of_all_processes(), epoch)
-        if args.swa is not None and epoch + 1 > args.swa * args.epochs:
+        if args.swa is not None and (epoch + 1) / args.epochs > args.swa:
             self.average.update_parameters(self.model)
             estimate_statistics(self.average, batches, args, epoch)
 
@@ -198,7 +204,7 @@ class Run:
 
         trained, tested: what `Meter.read_all` gave in training, and in the test on the selection split, or None.
         """
-        part, rate = self.selection, self.learning_rate(epoch * self.steps_per_epoch)
+        part, rate = self.selection, self.rate
         folders.report_skipped(self.batches, self.in_folder('skipped.txt'))
         if tested and not math.isfinite(tested['Loss']):
             raise UserError(f'the {part} loss became {tested["Loss"]} after epoch {epoch + 1}, at learning rate '
@@ -221,6 +227,14 @@ class Run:
         """The rate of the optimizer's first parameter group at `step`; NaN if it has none."""
         group = self.optimizer.param_groups[0]
         return schedule.group_rate(group, step, self.steps_per_epoch, self.args) if 'lr' in group else math.nan
+
+    def _rate_of_epoch(self, epoch, step):
+        """The rate at the first step of an epoch, of which `step` has just been made."""
+        rate = float(self.optimizer.param_groups[0].get('lr', math.nan))
+        if rate == self.learning_rate(step) or math.isnan(rate):
+            return self.learning_rate(epoch * self.steps_per_epoch)
+        self.state['own_rate'] = True  # the script's, and not that of the flags
+        return rate
 
     def save(self, name, step=0, meter=None, seconds=0.0):
         """Write the checkpoint `name`. step: batches of the epoch that are done, counted by `meter` in `seconds`."""

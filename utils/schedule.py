@@ -198,13 +198,14 @@ def _fill_in_rate(args, stretch, parser):
 def apply(optimizer, step, steps_per_epoch, args):
     """Set the options of `optimizer` for `step`, counted from 0 at the beginning of training.
 
-    The schedule multiplies the learning rate that each parameter group was made with. Other options follow the regime
-    in those groups that were made with its first values, and stay as they are in all others.
+    The schedule multiplies the learning rate that each parameter group was made with. Other options that the regime
+    changes on the way follow it in those groups that were made with its first values; all others stay as they are.
     """
     first, now = args.regime[0], options_at(args.regime, step // steps_per_epoch)
+    changing = {name for at in args.regime.values() for name in at.keys() | now.keys() if at.get(name) != now.get(name)}
     for group in optimizer.param_groups:
         made = made_with(group)
-        for name in now.keys() & made.keys() - {'lr'}:
+        for name in changing & now.keys() & made.keys() - {'lr'}:
             if made[name] == first.get(name, made[name]):
                 group[name] = now[name]
         if 'lr' in made:

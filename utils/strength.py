@@ -41,6 +41,8 @@ def apply(run, criterion, step):
     for part in (*run.told_before_steps, criterion):
         if hasattr(part, 'before_step'):
             part.before_step(step / steps, now)
+    if not (run.args.method_start or run.args.method_ramp):  # what the loop does to the options stays
+        return
     for group in run.optimizer.param_groups if run.scaled_options else ():
         made = made_with(group)
         group.update({option: now * made[option] for option in run.scaled_options & made.keys()})
