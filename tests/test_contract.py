@@ -136,6 +136,16 @@ def test_with_the_schedule_in_the_loop_other_options_set_by_hand_stay_too(few_di
     assert used == [[0.5, 0.01], [0.7, 0.02]]
 
 
+def test_flags_that_change_on_resume_win_over_what_the_loop_has_set(few_digits, monkeypatch, tmp_path):
+    """Also over an epsilon of 0 before --method-start: without that flag nothing would ever scale it again."""
+    flags = f'{SHORT} --method amp --epsilon 0.3 --momentum 0.9'
+    broken_off(monkeypatch, f'{flags} --method-start 0.5 -c {tmp_path}', epoch=1)
+    assert read(tmp_path)['optimizer']['param_groups'][0]['epsilon'] == 0
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --method-start 0 --momentum 0.8')
+    group, = read(tmp_path)['optimizer']['param_groups']
+    assert (group['epsilon'], group['momentum']) == (0.3, 0.8)
+
+
 def test_state_of_another_class_is_refused(few_digits, lion, monkeypatch, tmp_path):
     call(monkeypatch, cifar, f'{SHORT} --epochs 1 -c {tmp_path}')
     monkeypatch.undo()

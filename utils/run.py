@@ -89,8 +89,11 @@ class Run:
                                                for name in names), 'Seconds']
         old_rows = resume.rows_behind(args, state, columns)
         self.setting = resume.setting(args, state)
-        self.changes = [*state.get('changes', []), *resume.changes(args, state, self.setting, old_rows, [
-            self.learning_rate((int(row[0]) - 1) * self.steps_per_epoch) for row in old_rows])]
+        changes = resume.changes(args, state, self.setting, old_rows, [
+            self.learning_rate((int(row[0]) - 1) * self.steps_per_epoch) for row in old_rows])
+        if changes:  # flags win over what the loop has set
+            schedule.reset(self.optimizer, {*args.regime[0], *self.scaled_options})
+        self.changes = [*state.get('changes', []), *changes]
         state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
         distributed.barrier()
         if distributed.is_first():

@@ -212,6 +212,13 @@ def apply(optimizer, step, steps_per_epoch, args):
             group['lr'] = group_rate(group, step, steps_per_epoch, args)
 
 
+def reset(optimizer, names):
+    """Give these options the values that each parameter group was made with, whatever a checkpoint had."""
+    for group in optimizer.param_groups:
+        made = made_with(group)
+        group.update({name: made[name] for name in names & made.keys()})
+
+
 def made_with(group):
     """The options that a parameter group was made with, kept in the group itself when they are first asked for."""
     return group.setdefault('made_with', {name: value for name, value in group.items() if name != 'params'})
