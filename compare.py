@@ -114,7 +114,8 @@ def compare(args, runs, flags, between):
     if args.plot:
         from utils.lab import plots  # as above
 
-        if all(len(one.curve) == 1 for one in runs):
+        compared = any(row[f'{prefix(metric, args)}paired difference'] for row in rows for metric in args.metrics)
+        if compared and all(len(one.curve) == 1 for one in runs):
             plots.differences(args.plot, rows, args)
         else:
             plots.curves(args.plot, settings, names, shared)

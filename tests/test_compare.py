@@ -251,12 +251,14 @@ def test_runs_that_were_tested_once_are_drawn_as_intervals(tmp_path, monkeypatch
     assert panels[0].get_yticklabels()[0].get_text() == '--method amp'
 
 
-def test_a_plot_of_no_difference_is_refused(tmp_path, monkeypatch):
+def test_runs_that_were_tested_once_are_points_where_nothing_is_compared(tmp_path, monkeypatch):
     for seed in range(3):
-        write_run(tmp_path / f'runs/{seed}', seed=seed, curve=(50.0 + seed,))
-    with pytest.raises(UserError, match='--plot draws differences to a baseline, and there is none'):
-        call(monkeypatch, tmp_path / 'runs', '--plot', tmp_path / 'x.png')
-    assert not (tmp_path / 'x.png').exists()
+        write_run(tmp_path / f'{seed}', seed=seed, curve=(50.0 + seed,))
+    figures = []
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
+    call(monkeypatch, tmp_path, '--plot', tmp_path / 'x.png')
+    line, = figures[0].axes[0].lines
+    assert (line.get_xdata(), line.get_ydata(), line.get_marker()) == ([1], [51.0], '.')
 
 
 def test_error_turns_accuracies_around_and_no_verdict(metrics, table, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from utils.errors import UserError
 from utils.files import drawn, save_figure
 from utils.lab.rows import prefix
 from utils.metrics import spread
@@ -33,13 +32,8 @@ def curves(path, settings, names, shared):
 
 
 def differences(path, rows, args):
-    """Draw each row's paired difference with its interval, one panel for each metric; filled where it is a verdict.
-    UserError if no row has one.
-    """
+    """Draw each row's paired difference with its interval, one panel for each metric; filled where it is a verdict."""
     compared = [row for row in rows if row['pairs'] is not None]
-    if not any(row[f'{prefix(metric, args)}paired difference'] for row in compared for metric in args.metrics):
-        raise UserError('--plot draws differences to a baseline, and there is none: it takes a --baseline, and three '
-                        'seeds that it shares with another row')
     figure = Figure(figsize=(4 + 4 * len(args.metrics), 1.5 + 0.5 * len(compared)), layout='constrained')
     panels = figure.subplots(1, len(args.metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, args.metrics):
