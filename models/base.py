@@ -44,7 +44,7 @@ class ImageClassifier(nn.Module):
         self.head = classifier(in_features, num_classes)
         # A method's head is called with the targets too; nn.Linear knows only features.
         _, *others = inspect.signature(self.head.forward).parameters
-        self.head_takes_targets = others[:1] in [['targets'], ['target'], ['labels'], ['label']]
+        self.head_takes_targets = bool({*others[:1]} & {'targets', 'target', 'labels', 'label'})
 
     def features(self, x):
         raise NotImplementedError

@@ -32,15 +32,15 @@ SEEDS=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
 . "$(dirname "$0")/run.sh"
 for word; do
     [[ $word == -* ]] || continue
-    bare=${word%%=*} bare=${bare,,} method=
-    case ${bare//[-_]/} in  # the scripts take a flag with - or _ and in either case
+    bare=${word%%=*} bare=${bare,,} bare=${bare//[-_]/} method=
+    case $bare in  # the scripts take a flag with - or _ and in either case
         lr|learningrate|wd|weightdecay) variable='LRS and TUNED' ;;
         method) [ "$METHODS" ] || continue; variable=METHODS ;;
         manualseed) variable='TRIAL_SEEDS and SEEDS' ;;
         c|checkpoint) variable=OUT ;;
         valsplit|resume|overwrite) variable='the search itself' ;;
         labelsmoothing) method=smoothing ;;
-        mixup|cutout|dropout) method=${bare#--} ;;
+        mixup|cutout|dropout) method=$bare ;;
         flood) method=flooding ;;
         *) continue ;;
     esac

@@ -140,7 +140,7 @@ def is_ahead(args, state):
     as where a copy of an earlier checkpoint is resumed; says so. UserError if it cannot be read, or no epoch is left.
     """
     path = os.path.join(os.path.dirname(args.resume or ''), output.BEST)
-    if not args.resume or 'best' not in state or not os.path.exists(path):
+    if not args.resume or not os.path.exists(path):
         return False
     try:
         held = checkpoint.read(path)['epoch']

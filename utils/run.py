@@ -96,14 +96,15 @@ class Run:
         self.changes = [*state.get('changes', []), *changes]
         state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
         distributed.barrier()
+        state.setdefault('best', {'top1': -1.0, 'epoch': 0})
         if distributed.is_first():
             output.enter(args, finished=state['epoch'] >= args.epochs, without_best=resume.is_ahead(args, state))
             described = self._described()
             write_json(self.in_folder('args.json'), {**described, 'check sum': digest(described)})
             self.logger = Logger(self.in_folder('log.txt'), columns, old_rows)
-            if 'best' not in state or not os.path.exists(self.in_folder(output.BEST)):
+            if not os.path.exists(self.in_folder(output.BEST)):
                 state['best'] = {'top1': -1.0, 'epoch': 0}
-        state['best'] = distributed.broadcast(state.get('best'))
+        state['best'] = distributed.broadcast(state['best'])
         if self.test_every > 1:
             self.say(f'tested after every {self.test_every} epochs and after the last; --test-every 1 tests after each')
         return self
