@@ -12,6 +12,7 @@ import os
 import sys
 
 from utils.errors import UserError, shown
+from utils.files import open_text
 from utils.flags import Parser, file_path
 from utils.lab import statistics
 from utils.lab.measured import STATISTICS, add_measured, of_measured
@@ -37,8 +38,8 @@ def parse_arguments():
                         help='over the images, of what --measured has for each image (mean)')
     parser.add_argument('--error', action='store_true', help='100 minus each accuracy')
     parser.add_argument('--grid', action='store_true',
-                        help='a row for each DIR, such as a condition, and a column for each folder in it, such as a '
-                             'method; p-values are corrected within a row')
+                        help='a row for each DIR, such as a condition, named by DIR/condition.txt if that is there, and '
+                             'a column for each folder in it, such as a method; p-values are corrected within a row')
     parser.add_argument('--baseline', metavar='FLAGS',
                         help='compare with this row, such as "(none)" (each row with its own flags without a method); '
                              'with --grid a column (none)')
@@ -148,7 +149,7 @@ def rows_of_grid(args, runs, flags, others):
         known = ' '.join(dict.fromkeys(column for row in rows.values() for column in row))
         raise UserError(f'no folder has a folder {args.baseline} to compare with; --baseline can be one of: {known}'
                         if known else 'no folder has a folder for each method, as --grid needs')
-    return dict(zip(without_shared_parts(list(rows)), rows.values()))
+    return dict(zip(names_of_rows(list(rows)), rows.values()))
 
 
 def cells_of_grid(args, rows):
@@ -181,6 +182,21 @@ def explained_grid(args, runs, rows):
         elif needed := statistics.needed(pairs):
             yield (f'{label}: {max(pairs)} shared seed{"s" * (max(pairs) > 1)} cannot show anything in {len(pairs)} '
                    f'comparison{"s" * (len(pairs) > 1)}, however large the difference; it takes {needed}.')
+
+
+def names_of_rows(folders):
+    """The first line of condition.txt in each folder, or what its path differs in; UserError if two have the same."""
+    names = without_shared_parts(folders)
+    for index, folder in enumerate(folders):
+        path = os.path.join(folder, 'condition.txt')
+        if os.path.lexists(path):
+            with open_text(path) as file:
+                names[index] = shown(file.readline().strip()) or names[index]
+    for index, name in enumerate(names):
+        if (first := names.index(name)) < index:
+            raise UserError(f'{folders[first]} and {folders[index]} both have the name {name}, by their condition.txt; '
+                            'each row of --grid needs a name of its own')
+    return names
 
 
 def without_shared_parts(paths):

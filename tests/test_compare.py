@@ -225,6 +225,20 @@ def test_runs_of_one_setting_may_stand_in_two_rows_of_a_grid(conditions, monkeyp
     assert again == few.replace('| few |', '| again |') and 'left out' not in printed
 
 
+def test_a_file_in_the_folder_names_a_row_of_a_grid(conditions, monkeypatch, capsys):
+    def rows():
+        call(monkeypatch, *conditions, '--grid')
+        return [re.split(' {3,}', line)[0] for line in capsys.readouterr().out.splitlines()[1:3]]
+
+    (conditions[0] / 'condition.txt').write_text('few | images, é\nmore about them\n', encoding='utf-8')
+    assert rows() == ['few | images, é', 'wrong']
+    (conditions[1] / 'condition.txt').write_text('\n')
+    assert rows() == ['few | images, é', 'wrong']
+    (conditions[1] / 'condition.txt').write_text('few | images, é', encoding='utf-8')
+    with pytest.raises(UserError, match='few/table and .*wrong/table both have the name few . images, é, by their'):
+        rows()
+
+
 def test_a_grid_of_folders_at_the_wrong_depth_is_refused(conditions, monkeypatch, capsys):
     with pytest.raises(UserError, match='seed0 and seed1 in .*/few/table/(dma|none) hold runs with the same flags'):
         call(monkeypatch, *(conditions[0] / name for name in ('none', 'dma')), '--grid')
