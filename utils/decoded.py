@@ -1,13 +1,12 @@
 """Images of a folder, decoded, kept beside the data: decoding JPEG files takes longer than training on a tenth of them.
 """
 import contextlib
-import fcntl
 import os
 import zipfile
 
 import numpy as np
 
-from utils.files import NotWritten, replacing
+from utils.files import NotWritten, alone, not_written, replacing
 
 FOLDER = '.decoded'  # below the data
 
@@ -21,13 +20,13 @@ def kept(root, name, key, decode):
     path = os.path.join(root, FOLDER, f'{name}.npz')
     images = _read(path, key)
     if images is None:
-        with _alone(os.path.join(root, FOLDER)) as refused:
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)  # for the lock too
+        with alone(path):
             images = _read(path, key)  # which another run may have written meanwhile
             if images is None:
                 images = decode()
-                refused = refused or _written(path, key, images)
-        if refused:
-            print(f'the decoded images are not kept, as {refused}')
+                _write(path, key, images)
     return images
 
 
@@ -40,27 +39,11 @@ def _read(path, key):
         return None
 
 
-def _written(path, key, images):
-    """Write the file; the reason in words if that is refused."""
+def _write(path, key, images):
+    """Write the file, or say why that is refused."""
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with replacing(path, images.nbytes) as temporary, open(temporary, 'wb') as file:
             np.savez(file, images=images, key=key)
-    except NotWritten as error:
-        return str(error)
-
-
-@contextlib.contextmanager
-def _alone(folder):
-    """Gives None while no other run holds `folder`, which is made, or the reason in words why that is impossible."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        yield f'{folder} cannot be made ({error.strerror})'
-        return
-    try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders; then several runs decode
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield None
-    finally:
-        os.close(descriptor)
+    except (NotWritten, OSError) as error:
+        print(f'the decoded images are not kept, as {not_written(path, error) or error}')
