@@ -38,8 +38,9 @@ def parse_arguments():
                         help='over the images, of what --measured has for each image (mean)')
     parser.add_argument('--error', action='store_true', help='100 minus each accuracy')
     parser.add_argument('--grid', action='store_true',
-                        help='a row for each DIR, such as a condition, named by DIR/condition.txt if that is there, and '
-                             'a column for each folder in it, such as a method; p-values are corrected within a row')
+                        help='a row for each DIR, such as a condition, named by DIR/condition.txt if that is there, '
+                             'and a column for each folder in it, such as a method; p-values are corrected within a '
+                             'row')
     parser.add_argument('--baseline', metavar='FLAGS',
                         help='compare with this row, such as "(none)" (each row with its own flags without a method); '
                              'with --grid a column (none)')

@@ -88,14 +88,16 @@ def main():
         measured = landscape.measure(meter=predictions, bar=bar)
     probabilities, targets = predictions.of_all_images()
     by_class, confusion = metrics.of_classes(probabilities, targets)
-    print(f'{subject.path}, of epoch {subject.state["epoch"]} | {metrics_line(args.mode, measured)}')
+    how = f' | logit adjustment {args.logit_adjust:g}' if args.logit_adjust else ''
+    print(f'{subject.path}, of epoch {subject.state["epoch"]}{how} | {metrics_line(args.mode, measured)}')
     print(metrics.class_report(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
     if args.ss is not None:
         print(f'under noise  {under_noise(landscape, args)}', flush=True)
     if args.attack:
         print(f'under attack {under_attack(landscape, args)}', flush=True)
 
-    stem = f'{checkpoints.stem(args, subject.path)}-{args.mode}-confusion'
+    how = f'-logit-adjust-{args.logit_adjust:g}' if args.logit_adjust else ''
+    stem = f'{checkpoints.stem(args, subject.path)}-{args.mode}{how}-confusion'
     os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')

@@ -126,7 +126,10 @@ def plane(args, view, shown):
     features, _, targets = (tensor[shown] for tensor in view.outputs)
     points, targets = features.double().numpy(), targets.numpy()
     if points.shape[1] > 2:
-        points, shares = project(points, targets, args.projection)
+        try:
+            points, shares = project(points, targets, args.projection)
+        except ValueError as error:
+            raise UserError(f'{view.subject.path}: {error}') from error
         return {'points': points, 'targets': targets, 'shares': shares}
     middle, half = frame(points)
     x, y = (np.linspace(center - half, center + half, GRID) for center in middle)
@@ -141,21 +144,21 @@ def frame(points):
 
 
 def project(points, targets, projection):
-    """(points (N, 2), their shares (2,) of the variance, of lda that between classes). UserError if there are none."""
+    """(points (N, 2), their shares (2,) of the variance, of lda that between classes). ValueError if there are none."""
     # Seconds of import time that a mistake in the flags should not pay.
     from sklearn.decomposition import PCA
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     classes = len(np.unique(targets))
     if np.ptp(points, axis=0).max() == 0:
-        raise UserError('the features of all images are equal, so there is no plane to project them to')
+        raise ValueError('the features of all images are equal, so there is no plane to project them to')
     if projection == 'lda' and not 2 < classes < len(targets):
-        raise UserError(f'--projection lda needs at least 3 classes, and more images than classes; there are {classes} '
-                        f'and {len(targets)}')
+        raise ValueError('--projection lda needs at least 3 classes, and more images than classes; there are '
+                         f'{classes} and {len(targets)}')
     model = PCA(2, svd_solver='full') if projection == 'pca' else LinearDiscriminantAnalysis(n_components=2)
     found = model.fit_transform(points, targets)
     if found.shape[1] < 2:
-        raise UserError('the means of the features lie on a line, so there is no plane for --projection lda')
+        raise ValueError('the means of the features lie on a line, so there is no plane for --projection lda')
     return found, model.explained_variance_ratio_
 
 

@@ -38,7 +38,7 @@ def folder_of(words):
 
 def is_small(words):
     """Whether a step of this run's network is too small to occupy more than one core."""
-    arch, depth = value(words, 'arch', 'a', default='resnet'), value(words, 'depth', default='110')
+    arch, depth = value(words, 'arch', 'a', default='resnet'), value(words, 'depth', default='20')
     return arch in ('lenet', 'mlp') or arch == 'resnet' and depth.isdecimal() and int(depth) <= 20
 
 

@@ -4,7 +4,8 @@
 # the checkpoints. Refused, each with a line: runs that are unfinished, damaged or mixed, and runs of code with
 # uncommitted changes, as nobody could repeat them.
 #
-#   scripts/keep.sh FOLDER...        runs, or folders with runs somewhere below them
+#   scripts/keep.sh FOLDER...        runs, or folders with runs somewhere below them; those that are elsewhere come
+#                                    below results/FOLDER
 folders=()
 for folder; do
     folders+=("$(realpath -ms -- "$folder")")

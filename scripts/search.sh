@@ -165,11 +165,13 @@ combine() {  # combined: the flags of the methods that + joins in $1, each with 
 }
 
 given=("$@")
-combined=$(for combination in $COMBINATIONS; do
+checked=$COMBINATIONS
+[ "${LIST:-}" ] || checked="none $METHODS $COMBINATIONS"
+combined=$(for combination in $checked; do
     combine "$combination" first
     quoted $recipe $combined "${given[@]}"
 done)
-[ -z "$combined" ] || "$PYTHON" -c '  # before any training: whether these methods go together
+[ -z "$combined" ] || "$PYTHON" -c '  # before any training: whether these flags are known and go together
 import shlex, sys, cifar
 for line in sys.stdin:
     sys.argv[1:] = shlex.split(line)

@@ -16,6 +16,7 @@ import compare
 from helpers import write_run
 from utils.errors import UserError
 from utils.lab import plots, statistics
+from utils.lab.runs import Flags
 
 
 def call(monkeypatch, *words):
@@ -237,6 +238,51 @@ def test_a_file_in_the_folder_names_a_row_of_a_grid(conditions, monkeypatch, cap
     (conditions[1] / 'condition.txt').write_text('few | images, é', encoding='utf-8')
     with pytest.raises(UserError, match='few/table and .*wrong/table both have the name few . images, é, by their'):
         rows()
+
+
+def test_names_in_a_picture_are_whole(tmp_path, monkeypatch):
+    """Two settings that share their first seventy letters: neither the names at an axis nor a legend cut them off."""
+    flags = '--method dma amp --dma-coef 0.123456 --epsilon 0.654321 --inner-iter'
+    others = '--perturbation global --train-fraction 0.1 --label-noise 0.4'
+    for inner, curve in ((2, (50.0,)), (3, (60.0,))):
+        for seed in range(4):
+            write_run(tmp_path / str(inner) / f'seed{seed}', f'{flags} {inner} {others}', seed=seed,
+                      curve=(curve[0] + seed,))
+            write_run(tmp_path / f'curve{inner}/seed{seed}', f'{flags} {inner} {others} --wd 1', seed=seed)
+    for seed in range(4):
+        write_run(tmp_path / f'plain/seed{seed}', '--lr 0.3', seed=seed, curve=(30.0 - seed,))
+    figures = []
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
+    call(monkeypatch, tmp_path / '2', tmp_path / '3', tmp_path / 'plain', '--plot', 'x.png', '--baseline', '--lr 0.3')
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert {name.replace('\n', ' ') for name in names} == {f'{flags} {inner} {others}' for inner in (2, 3)}
+    assert all(max(map(len, name.split('\n'))) <= 60 for name in names)
+    call(monkeypatch, *tmp_path.iterdir(), '--plot', 'x.png')
+    legend = [text.get_text() for text in figures[1].legends[0].get_texts()]
+    assert len(legend) == 5 and max(map(len, legend)) > 110
+    assert all(max(map(len, text.split('\n'))) <= 110 for text in legend)
+    assert plots.wrapped(flags, 60).replace('\n', ' ') == flags and plots.wrapped('_a$', 60) == r' _a\$'
+
+
+def test_none_is_the_plain_row_and_other_words_are_answered_by_compare(tmp_path, monkeypatch, capsys):
+    for seed in range(2):
+        write_run(tmp_path / f'none{seed}', seed=seed)
+        write_run(tmp_path / f'dma{seed}', '--method dma', seed=seed, curve=(50.0, 70.0, 60.0))
+    call(monkeypatch, *tmp_path.iterdir(), '--baseline', 'none')
+    assert '+10.00' in capsys.readouterr().out
+    with pytest.raises(UserError, match='--baseline dma fits no row; it can be one of: '):
+        call(monkeypatch, *tmp_path.iterdir(), '--baseline', 'dma')
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *tmp_path.iterdir(), '--baseline', '--dna 1')
+    assert 'compare.py: error: unrecognized arguments: --dna 1' in capsys.readouterr().err
+
+
+def test_a_folder_of_images_is_one_however_its_path_is_spelled_and_processes_are_part_of_a_setting():
+    def setting(data='a b', **args):
+        return Flags().setting({'as given': {'dataset': 'folder', 'data': data, 'method': []}, **args})
+
+    assert setting() == setting('a b/') == setting('./a b') == setting('x/../a b') == setting(processes=1)
+    assert len({tuple(sorted(map(str, each.items()))) for each in (setting(), setting('c'), setting(processes=2))}) == 3
 
 
 def test_a_grid_of_folders_at_the_wrong_depth_is_refused(conditions, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_three_files_of_a_finished_run_are_kept_at_its_place(kept, tmp_path, mon
     assert given['checkpoint'] == str(tmp_path / 'checkpoints/few/none/seed1')
     assert args == given | {'checkpoint': 'results/few/none/seed1'}  # no path of the machine
     found['args.json'] = args
-    assert sorted(path.name for path in (kept / 'run').iterdir()) == sorted(found)
+    assert sorted(path.name for path in (kept / 'elsewhere/run').iterdir()) == sorted(found)
 
 
 @pytest.mark.parametrize('what, change, words', [
@@ -131,14 +131,17 @@ def test_what_nobody_could_repeat_is_refused(what, change, words, kept, tmp_path
 def test_a_kept_run_is_not_replaced_by_another(kept, tmp_path, monkeypatch, capsys):
     for name, top1 in (('dma', 60.0), ('none', 50.0)):
         write_run(tmp_path / f'elsewhere/{name}/seed1', args=CLEAN, top1=top1)
+    call(monkeypatch, keep, 'elsewhere')  # each below the folder that was named
+    assert sorted(path.parent.relative_to(kept).as_posix() for path in kept.rglob('result.json')) == [
+        'elsewhere/dma/seed1', 'elsewhere/none/seed1']
     with pytest.raises(UserError, match='1 of 2 runs cannot be kept'):
-        call(monkeypatch, keep, 'elsewhere')
+        call(monkeypatch, keep, 'elsewhere/dma/seed1', 'elsewhere/none/seed1')
     assert 'refused: elsewhere/none/seed1 (results/seed1 is another run; remove that' in capsys.readouterr().err
     assert json.loads((kept / 'seed1/result.json').read_text())['test top-1'] == 60
-    call(monkeypatch, keep, 'elsewhere/dma')  # the same again
+    call(monkeypatch, keep, 'elsewhere/dma/seed1')  # the same again
     (kept / 'seed1/result.json').write_text('<<<<<<< HEAD')
     with pytest.raises(UserError, match='1 of 1 runs cannot be kept'):
-        call(monkeypatch, keep, 'elsewhere/dma')
+        call(monkeypatch, keep, 'elsewhere/dma/seed1')
     assert '(results/seed1 is damaged, as result.json is not JSON' in capsys.readouterr().err
 
 

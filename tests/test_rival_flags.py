@@ -417,6 +417,9 @@ def test_logits_are_adjusted_post_hoc_for_any_checkpoint(monkeypatch, tmp_path, 
     capsys.readouterr()
     call(monkeypatch, evaluate, f'{path} --logit-adjust 1')
     printed = capsys.readouterr().out
+    assert f'{path}, of epoch 2 | logit adjustment 1 | test loss' in printed
+    assert {file.name for file in tmp_path.glob('checkpoint-*')} == {
+        f'checkpoint-test-logit-adjust-1-confusion.{kind}' for kind in ('csv', 'png')}  # not the network's own
 
     state = checkpoint.read(str(path))
     model = models.build('lenet', 10)

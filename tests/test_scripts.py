@@ -266,7 +266,7 @@ def jobs_script(commands, *words, **options):
 
 @pytest.mark.parametrize('words, small', [
     ('--arch lenet', True), ('--arch mlp', True), ('--arch resnet --depth 8', True), ('--depth 20', True),
-    ('--arch resnet --depth 20 --depth 56', False), ('--arch resnet', False), ('--arch wrn --depth 16', False),
+    ('--arch resnet --depth 20 --depth 56', False), ('--arch resnet', True), ('--arch wrn --depth 16', False),
     ('--arch lenet -a vgg11_bn', False), ('-a=mlp', True), ('--arch lenet --ARCH=vgg11_bn', False)])
 def test_small_networks_run_one_for_each_core(words, small):
     sys.path.append(str(ROOT / 'scripts'))

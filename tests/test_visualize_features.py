@@ -111,7 +111,7 @@ def test_lda_finds_the_axes_that_differ_between_classes():
     (np.outer(np.arange(9) % 3 + np.arange(9) / 90, [1, 0, 0]), np.arange(9) % 3, 'lda', 'lie on a line'),
 ])
 def test_what_has_no_plane_is_refused(points, targets, projection, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         visual.project(points.astype(float), targets, projection)
 
 

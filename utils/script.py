@@ -1,4 +1,6 @@
 """How a script begins and ends: its signals, its exit status, and one sentence instead of a traceback."""
+import contextlib
+import os
 import signal
 import sys
 
@@ -34,9 +36,14 @@ def run_script(main):
     try:
         try:
             main()
+            sys.stdout.flush()
             distributed.barrier()  # until the first process has written its report
             _ignore_signals()  # nothing is left to stop but the end of Python
             distributed.stop()
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            with contextlib.suppress(OSError):
+                sys.stdout = open(os.devnull, 'w')  # Python's own last flush is quiet too
+            sys.exit(128 + signal.SIGPIPE)
         except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file
             distributed.pause_unless_first()
             sys.exit(f'error: {error}')

@@ -19,14 +19,15 @@ MEASURED = (*measured.files_of(chosen=False), *measured.files_of(chosen=True))
 def main():
     parser = Parser(prog='keep.sh', usage='scripts/keep.sh FOLDER...', description='Copy finished runs into results/.')
     parser.add_argument('folders', nargs='+', type=file_path, metavar='FOLDER')
-    folders, refused = lab_runs.find_runs(parser.parse_args().folders)
+    named = parser.parse_args().folders
+    folders, refused = lab_runs.find_runs(named)
     refused = [line.removeprefix('left out: ') for line in refused]
     kept = 0
     for folder in folders:
         if reason := why_not(folder):
             refused.append(f'{shown(folder)} ({reason})')
             continue
-        target = place_of(folder)
+        target = place_of(folder, named)
         if what := other_than(folder, target):
             place = shown(target.relative_to(ROOT).as_posix())
             refused.append(f'{shown(folder)} ({place} {what}; remove that, or give this one another folder below '
@@ -81,12 +82,17 @@ def name_folder(target):
     write_json(target / 'args.json', args)
 
 
-def place_of(folder):
-    """Where in results/ a run is kept: at its path below checkpoints/, or under its own name."""
+def place_of(folder, named):
+    """Where in results/ a run is kept: at its path below checkpoints/, or else below the folder that holds the one of
+    the folders `named` in which it is.
+    """
     above, path = ROOT / 'checkpoints', pathlib.Path(os.path.abspath(folder))
     if not path.is_relative_to(above):
         above, path = above.resolve(), path.resolve()
-    return ROOT / 'results' / (path.relative_to(above) if path.is_relative_to(above) else path.name)
+    if not path.is_relative_to(above):
+        path = pathlib.Path(os.path.abspath(folder))
+        above = next(one for one in map(pathlib.Path, map(os.path.abspath, named)) if path.is_relative_to(one)).parent
+    return ROOT / 'results' / path.relative_to(above)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
 """What compare.py draws: curves over epochs, differences with their intervals, and a grid of conditions and methods."""
+import textwrap
+
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -16,7 +18,7 @@ def curves(path, settings, names, shared):
     for index, (name, runs) in enumerate(zip(names, settings)):
         epochs = sorted(set.intersection(*(set(one.curve) for one in runs)))
         means, deviations = zip(*(spread([one.curve[epoch] for one in runs]) for epoch in epochs))
-        line, = axes.plot(epochs, means, label=drawn(f'{name}, n = {len(runs)}'),
+        line, = axes.plot(epochs, means, label=wrapped(f'{name}, n = {len(runs)}', 110),
                           marker='.' if len(epochs) < 30 else None,
                           linestyle=('-', '--', ':', '-.')[index // 10 % 4])  # there are ten colours
         if len(runs) > 1:
@@ -34,7 +36,9 @@ def curves(path, settings, names, shared):
 def differences(path, rows, args):
     """Draw each row's paired difference with its interval, one panel for each metric; filled where it is a verdict."""
     compared = [row for row in rows if row['pairs'] is not None]
-    figure = Figure(figsize=(4 + 4 * len(args.metrics), 1.5 + 0.5 * len(compared)), layout='constrained')
+    names = [wrapped(row['setting'], 60) for row in reversed(compared)]
+    height = 1.5 + sum(0.3 + 0.2 * (name.count('\n') + 1) for name in names)
+    figure = Figure(figsize=(4 + 4 * len(args.metrics), height), layout='constrained')
     panels = figure.subplots(1, len(args.metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, args.metrics):
         label = prefix(metric, args)
@@ -45,11 +49,15 @@ def differences(path, rows, args):
                 axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt='o', capsize=4, color='C0',
                               markerfacecolor='C0' if filled else 'white')
         axes.axvline(0, color='grey', linewidth=1)
-        names = [drawn(row['setting'][:50]) for row in reversed(compared)]
         axes.set_yticks(range(len(compared)), names, fontsize='small')
         axes.set_xlabel(f'difference in {shown_name(args.metrics[metric], args)}')
         axes.grid(axis='x', alpha=0.3)
     save_figure(figure, path)
+
+
+def wrapped(name, width):
+    """A name in lines of at most `width` letters, whole, as Matplotlib draws it."""
+    return '\n'.join(map(drawn, textwrap.wrap(name, width, break_on_hyphens=False))) or drawn(name)
 
 
 def shown_name(metric, args):

@@ -77,10 +77,12 @@ def find_baselines(asked, settings, names, differing, flags):
     elif names.count(asked) == 1:
         found = [settings[names.index(asked)]] * len(settings)
     else:
-        given, wanted = flags.read(asked.replace('(none)', ''))
-        fitting = [own for own in settings if all(
-            own[0].setting.get(name, flags.defaults.get(name)) == wanted.get(name, flags.defaults.get(name))
-            for name in {*differing, *given})]
+        asked, fitting = '(none)' if asked == 'none' else asked, []  # as --grid says it
+        if asked.startswith(('-', '(none)')):
+            given, wanted = flags.read(asked.replace('(none)', ''))
+            fitting = [own for own in settings if all(
+                own[0].setting.get(name, flags.defaults.get(name)) == wanted.get(name, flags.defaults.get(name))
+                for name in {*differing, *given})]
         if not fitting and asked == '(none)':
             fitting = [own for own in settings if own[0].setting['method'] == ()]
         if len(fitting) != 1:

@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import shlex
+import sys
 from typing import NamedTuple
 
 from utils import datasets, methods, output, schedule
@@ -81,11 +82,16 @@ class Flags:
         values = {**self.defaults, **known, **with_todays_names(args.get('as given', {}))}
         if not datasets.has_images_of_any_size(values.get('dataset', 'folder')):
             values.pop('data', None)  # it says where the data set is, not which one
+        elif values.get('data'):
+            values['data'] = os.path.normpath(values['data'])
         made = schedule.OPTIMIZERS.get(values.get('optimizer') or args.get('optimizer'))
         brought = any(hasattr(methods.METHODS.get(name), 'optimizer') for name in values.get('method', ()))
         found = args.get('optimizer class')
         if made and found and found != made.func.__name__ and not brought:
             values['optimizer_class'] = found  # of one that was written into the script
+        values |= {'optimizer_options': options} if (options := args.get('optimizer options')) else {}
+        if args.get('processes', 1) > 1 and not values.get('mini_batch'):
+            values['processes'] = args['processes']  # each normalises with the statistics of its own part
         return {name: hashable(value) for name, value in methods.setting(values).items()}
 
     def read(self, text):
@@ -93,6 +99,7 @@ class Flags:
         flag that it does not have.
         """
         parser = importlib.import_module(SCRIPTS[self.script]).make_parser()
+        parser.prog = os.path.basename(sys.argv[0])  # whose user has given them
         try:
             words = shlex.split(text)
         except ValueError as error:
@@ -101,9 +108,7 @@ class Flags:
             raise UserError(f'{text} asks for help, and names no row')
         args = parser.parse_args(words)
         methods.check_arguments(args, parser)  # gives --coef to the method that it means
-        weighted = [f'{name}_coef' for name in args.method if hasattr(args, f'{name}_coef')]
-        given = {weighted[0] if name == 'coef' and weighted else name for name in args.given}
-        return given, self.setting({'as given': vars(args)})
+        return args.given, self.setting({'as given': vars(args)})
 
     def names(self, settings):
         """All flags, and behind them those in `settings` that the script does not know any more."""
