@@ -41,7 +41,8 @@ class AMP(torch.optim.Optimizer):
     climb_fraction: above 0 and at most 1, the share of each batch, its first images, along whose gradient it climbs.
     `pass_fraction` tells the closure the share that the pass is over.
 
-    Raises ValueError for an option out of range, and for a base optimizer whose step needs a closure, such as LBFGS.
+    Raises ValueError for an option out of range, for maximize, and for a base optimizer whose step needs a closure,
+    such as LBFGS, or that has an option of the same name, as SAM's rho is in Adadelta.
     epsilon, inner_lr and inner_iter can be set per parameter group. Parameter groups and state are the base
     optimizer's, so schedulers and state_dict work as usual. All parameters are on one device, and their gradients are
     dense.
@@ -63,11 +64,14 @@ class AMP(torch.optim.Optimizer):
 
     def _wrap(self, base_optimizer, options, params, buffers, local, climb_fraction, defaults):
         """defaults: the options of parameter groups that do not set them."""
-        check_base_optimizer(type(self).__name__, base_optimizer)
+        check_base_optimizer(type(self).__name__, base_optimizer, defaults.keys())
         if not 0 < climb_fraction <= 1:
             raise ValueError(f'climb_fraction must be a number above 0 and at most 1, was given {climb_fraction}')
         super().__init__(params, defaults)
         self.base_optimizer = base_optimizer(self.param_groups, lr=defaults['lr'], **options)
+        if any(group.get('maximize') for group in self.param_groups):
+            raise ValueError(f'{type(self).__name__} climbs to a higher loss, so maximize has no meaning in it; give '
+                             'the closure the negated loss')
         self.defaults.update(self.base_optimizer.defaults)
         self.local, self.local_pass = local, False
         self.climb_fraction, self.pass_fraction = climb_fraction, 1.0
@@ -130,7 +134,8 @@ class AMP(torch.optim.Optimizer):
 
     def _climbs(self):
         """How many passes climb."""
-        return max((group['inner_iter'] for group in self.param_groups if group['epsilon'] > 0), default=0)
+        return max((group['inner_iter'] for group in self.param_groups if group['epsilon'] > 0 < group['inner_lr']),
+                   default=0)
 
     def _tell_closure(self, climbing):
         self.local_pass = self.local and climbing
@@ -197,20 +202,25 @@ class AMP(torch.optim.Optimizer):
         lengths = [torch.stack(torch._foreach_norm(delta)) for delta in deltas]
         all_lengths = torch.cat(lengths)
         if self.perturbation == 'global':
-            lengths = [torch.linalg.vector_norm(all_lengths)] * len(groups)
+            moved = [length for (group, _), length in zip(groups, lengths) if group['epsilon'] > 0]
+            lengths = [torch.linalg.vector_norm(torch.cat(moved or lengths))] * len(groups)
         for (group, _), delta, length in zip(groups, deltas, lengths):
             factor = (group['epsilon'] / (length + 1e-12)).clamp(max=1)
             torch._foreach_mul_(delta, factor.unbind() if factor.dim() else factor)
         return deltas, all_lengths.isfinite().all()
 
 
-def check_base_optimizer(wrapper, base_optimizer):
-    """ValueError unless `base_optimizer`, a class or a partial of one, steps without a closure."""
+def check_base_optimizer(wrapper, base_optimizer, options=()):
+    """ValueError unless `base_optimizer`, a class or a partial of one, steps without a closure, and has none of the
+    `options` of its own, other than lr.
+    """
     kind = getattr(base_optimizer, 'func', base_optimizer)
     parameters = list(inspect.signature(getattr(kind, 'step', lambda self: None)).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, whose step needs a closure; base_optimizer must be a '
                          'class whose step uses the gradients that are there, such as SGD, Adam, AdamW or RMSprop')
+    for name in (set(options) - {'lr'}) & inspect.signature(base_optimizer).parameters.keys():
+        raise ValueError(f'{wrapper} cannot wrap {kind.__name__}, which has an option {name} too, with another meaning')
 
 
 def copies(tensors):
@@ -253,14 +263,14 @@ STRENGTH = 'epsilon'
 
 def strength(args):
     """0 where --method-start and --method-ramp have nothing to scale."""
-    return args.inner_iter and args.epsilon
+    return args.inner_iter and args.inner_lr and args.epsilon
 
 
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
     unused = {'epsilon', 'inner_lr', 'inner_iter', 'perturbation', 'perturbed_statistics', 'local_perturbation',
               'climb_fraction'} & args.given
-    off = 'inner_iter' if args.inner_iter == 0 else 'epsilon'
+    off = next((name for name in ('inner_iter', 'inner_lr') if getattr(args, name) == 0), 'epsilon')
     if getattr(args, off) == 0 and unused - {off}:
         flag, cause = (f'--{name.replace("_", "-")}' for name in (min(unused - {off}), off))
         raise ValueError(f'{flag} does nothing with {cause} 0, which is plain SGD')

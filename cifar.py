@@ -208,6 +208,7 @@ def train(run, criterion, optimizer, epoch, args):
 @torch.no_grad()
 def test(batches, model, args, meter=None):
     """Mean cross-entropy and accuracies over the images of all processes, counted by `meter` or a Meter."""
+    training = model.training  # as where `train` calls this between two steps
     model.eval()
     meter = meter or Meter(len(batches), batches.num_classes, batches.device)
     with ProgressLine('test', -(-len(batches) // distributed.world_size())) as bar:
@@ -216,6 +217,7 @@ def test(batches, model, args, meter=None):
                 outputs = predict(model, images, args.tta)
             meter.update(outputs, targets, cross_entropy(outputs, targets))
             bar.advance(meter)
+    model.train(training)
     return meter.read_all('test')
 
 

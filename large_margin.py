@@ -223,6 +223,10 @@ def loss_term(args):
         raise ValueError('--aggregate does nothing with --top-k 1, as there is one class to aggregate over')
     if args.large_margin_coef == 0 and args.cross_entropy_weight == 0:
         raise ValueError('--large-margin-coef 0 leaves nothing to train on without a --cross-entropy-weight')
+    unused = {'large_margin_layers', 'large_margin_gamma', 'large_margin_alpha', 'top_k', 'norm', 'exact',
+              'layer_weights'} & args.given
+    if args.large_margin_coef == 0 and unused:
+        raise ValueError(f'--{min(unused).replace("_", "-")} does nothing with --large-margin-coef 0')
     weights = 'elements' if args.layer_weights == ['elements'] else args.layer_weights
     loss = LargeMarginLoss(args.large_margin_gamma, args.large_margin_alpha, args.top_k, args.norm, args.aggregate,
                            not args.exact, weights)

@@ -36,14 +36,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
+FIRST_BETA = {'position': 1000.0, 'decay': 100.0}  # where it is not given, by the schedule
+
 
 class LSoftmaxLinear(nn.Linear):
     """A linear layer without bias, weight (out_features, in_features), whose target logits have a margin in training.
 
-    margin: the whole number m, at least 1. beta: its first value; `forward` uses beta or `beta_min`, whichever is
-    larger. beta_schedule: 'decay', where `after_step()` multiplies beta by `beta_decay`, or 'position', where
-    `before_step` sets it, see `beta_at`, by `beta_gamma` and `beta_power`. beta is a 0-d buffer, saved together with
-    the weight.
+    margin: the whole number m, at least 1. beta: its first value, by default 100 of 'decay' and 1000 of 'position';
+    `forward` uses beta or `beta_min`, whichever is larger. beta_schedule: 'decay', where `after_step()` multiplies beta
+    by `beta_decay`, or 'position', where `before_step` sets it, see `beta_at`, by `beta_gamma` and `beta_power`. beta
+    is a 0-d buffer, saved together with the weight.
 
     forward(x, targets=None), with x (batch, in_features) and targets (batch,), returns logits (batch, out_features),
     float32 at least, also under autocast. In evaluation they are x W^T, with or without targets.
@@ -52,16 +54,17 @@ class LSoftmaxLinear(nn.Linear):
     """
     begins_anew = ('beta',)  # in another training that begins with these weights
 
-    def __init__(self, in_features, out_features, margin=4, beta=100.0, beta_decay=0.99, beta_min=0.0,
+    def __init__(self, in_features, out_features, margin=4, beta=None, beta_decay=0.99, beta_min=0.0,
                  beta_schedule='decay', beta_gamma=0.75, beta_power=35.0):
         if not isinstance(margin, int) or margin < 1:
             raise ValueError(f'margin must be a whole number of at least 1, was given {margin}')
+        if beta_schedule not in FIRST_BETA:
+            raise ValueError(f"beta_schedule must be 'decay' or 'position', was given {beta_schedule!r}")
+        beta = FIRST_BETA[beta_schedule] if beta is None else beta
         if not (0 <= beta < math.inf and 0 <= beta_min < math.inf):
             raise ValueError(f'beta and its floor must be numbers of at least 0, were given {beta} and {beta_min}')
         if not 0 <= beta_decay <= 1:
             raise ValueError(f'the decay of beta must be between 0 and 1, was given {beta_decay}')
-        if beta_schedule not in ('decay', 'position'):
-            raise ValueError(f"beta_schedule must be 'decay' or 'position', was given {beta_schedule!r}")
         beta_at(0, beta, beta_gamma, beta_power)  # raises ValueError if an option is out of range
         super().__init__(in_features, out_features, bias=False)
         self.margin, self.beta_decay, self.beta_min = margin, beta_decay, beta_min
@@ -266,6 +269,11 @@ def strength(args):
     return args.margin - 1
 
 
+def by_position(args):
+    """Whether beta depends on the share of the training that is behind."""
+    return args.beta_schedule == 'position' and args.margin > 1
+
+
 def first_values(args):
     """Flags that a resumed run takes from the checkpoint."""
     return {'beta'} if args.beta_schedule == 'decay' else set()
@@ -282,11 +290,12 @@ def head(args):
         if flags & args.given and schedule != args.beta_schedule:
             raise ValueError(f'{_spelled(flags & args.given)} belongs to --beta-schedule {schedule}, not '
                              f'{args.beta_schedule}')
+    if 'beta' in args.given and args.beta == 0 and (unused := set().union(*BETA_FLAGS.values()) & args.given):
+        raise ValueError(f'{_spelled(unused)} does nothing with --beta 0, which stays 0')
     if 'beta' in args.given and 0 <= args.beta < args.beta_min:
         raise ValueError(f'--beta {args.beta:g} does nothing below --beta-min {args.beta_min:g}')
     gamma, power = (0.6, 45.0) if args.margin == 2 else (0.75, 35.0)  # the authors' configurations
-    beta = (1000.0 if args.beta_schedule == 'position' else 100.0) if args.beta is None else args.beta
-    return functools.partial(LSoftmaxLinear, margin=args.margin, beta=beta, beta_decay=args.beta_decay,
+    return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,
                              beta_min=args.beta_min, beta_schedule=args.beta_schedule,
                              beta_gamma=gamma if args.beta_gamma is None else args.beta_gamma,
                              beta_power=power if args.beta_power is None else args.beta_power)

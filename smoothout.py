@@ -239,12 +239,20 @@ def add_arguments(parser):
 STRENGTH = 'ss'
 
 
+def by_position(args):
+    """Whether the noise depends on the share of the training that is behind."""
+    return args.smoothing_type != 'constant'
+
+
 def optimizer(args, model, steps_per_epoch):
     """`args`, the model, optimizer steps per epoch -> (params, lr, **options) -> optimizer."""
     for flag, needed in (('anneal_index', 'anneal'), ('tanh_scale', 'tanh')):
         if flag in args.given and args.smoothing_type != needed:
             flag = f'--{flag.replace("_", "-")}'
             raise ValueError(f'{flag} belongs to --smoothing-type {needed}, not {args.smoothing_type}')
+    unused = {'noise_type', 'adapt_type', 'perturb_batch_norm', 'smoothing_type'} & args.given
+    if args.ss == 0 and unused:
+        raise ValueError(f'--{min(unused).replace("_", "-")} does nothing with --ss 0, which is plain SGD')
     return functools.partial(
         SmoothOut, ss=args.ss, noise=args.noise_type, adapt=args.adapt_type, schedule=args.smoothing_type,
         anneal_index=args.anneal_index, tanh_scale=args.tanh_scale, total_steps=args.epochs * steps_per_epoch,

@@ -81,11 +81,13 @@ class SAM(AMP):
 
     def _climb(self, groups, deltas, index):
         scaled = [[self._scale(p) * p.grad if self._scales(p) else p.grad for p in params] for _, params in groups]
-        length = torch.linalg.vector_norm(torch.stack([norm for each in scaled for norm in torch._foreach_norm(each)]))
+        lengths = [torch.stack(torch._foreach_norm(each)) for each in scaled]
+        moved = [norms for (group, _), norms in zip(groups, lengths) if group['rho'] > 0]
+        length = torch.linalg.vector_norm(torch.cat(moved or lengths))
         deltas = [torch._foreach_mul([self._scale(p) * t_g if self._scales(p) else t_g
                                       for p, t_g in zip(params, each)], group['rho'] / (length + 1e-12))
                   for (group, params), each in zip(groups, scaled)]
-        return deltas, length.isfinite()
+        return deltas, torch.cat([*lengths, length[None]]).isfinite().all()
 
     def _scales(self, p):
         return self.adaptive and p not in self.unscaled

@@ -510,11 +510,19 @@ def test_a_gradient_inside_the_ball_is_not_lengthened():
 
 @pytest.mark.parametrize('option', [dict(epsilon=-1), dict(epsilon=math.nan), dict(epsilon=math.inf), dict(inner_lr=-1),
                                     dict(inner_lr=math.nan), dict(inner_iter=-1), dict(inner_iter=1.5),
-                                    dict(perturbation='x'), dict(lr=-1)])
+                                    dict(perturbation='x'), dict(lr=-1), dict(maximize=True)])
 def test_options_out_of_range_raise(option):
     name, = option
     with pytest.raises(ValueError, match='learning rate' if name == 'lr' else name):
         AMP([nn.Parameter(torch.zeros(1))], **{'lr': 0.1, 'epsilon': 0.5, **option})
+
+
+@pytest.mark.parametrize('off', [dict(inner_lr=0.0), dict(epsilon=0.0), dict(inner_iter=0)])
+def test_without_a_way_to_go_there_is_one_pass(off):
+    p, passes = nn.Parameter(torch.zeros(1)), []
+    optimizer = AMP([p], **{'lr': 0.1, 'epsilon': 0.5, **off})
+    optimizer.step(lambda: passes.append((p - 1).pow(2).sum().backward()))
+    assert len(passes) == 1 and p.item() == pytest.approx(0.2)
 
 
 def test_hooks_run_once_per_step():

@@ -286,6 +286,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
     ('--method dma --coef nan', 'was given nan'), ('-a densenet --compressionRate 1e9', 'leaves none'),
     ('--resume .', 'is a folder'),
     ('-d folder --image-size 16', 'of at least 32'),
+    ('--method amp --inner-lr 0 --perturbation global', '--perturbation does nothing with --inner-lr 0'),
+    ('--method smoothout --ss 0 --adapt-type filter', '--adapt-type does nothing with --ss 0, which is plain SGD'),
+    ('--method large_margin --coef 0 --cross-entropy-weight 1 --norm inf', '--norm does nothing with --large-margin-'),
+    ('--method lsoftmax --beta 0 --beta-gamma 3', '--beta-gamma does nothing with --beta 0, which stays 0'),
 ])
 def test_wrong_flags_are_refused_before_any_data_is_loaded(flags, sentence, monkeypatch, tmp_path, capsys):
     assert sentence in refused(monkeypatch, capsys, tmp_path, flags)

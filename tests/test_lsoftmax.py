@@ -447,6 +447,13 @@ def test_the_loss_trains_features_of_one_class_towards_each_other():
     assert loss_function.train()(network(x), targets) < 0.3  # with a margin, by then
 
 
+def test_beta_begins_as_its_schedule_says_where_it_is_not_given():
+    for schedule, first in (('position', 1000), ('decay', 100)):
+        head = LSoftmaxLinear(4, 3, beta_schedule=schedule)
+        head.before_step(0.0)
+        assert head.beta == first
+
+
 @pytest.mark.parametrize('options, message', [
     *((dict(margin=margin), 'margin must be a whole number of at least 1') for margin in (0, -1, 1.5)),
     *((dict(beta=beta), 'beta and its floor must be numbers') for beta in (-1.0, math.nan, math.inf)),

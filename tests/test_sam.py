@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 import pathlib
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from amp import AMP
 from baselines.sam import SAM
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / 'goldens/rivals.npz')
@@ -224,6 +226,22 @@ def test_statistics_are_those_of_the_first_pass():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), alone.buffers()))
 
 
+@pytest.mark.parametrize('make', [functools.partial(SAM, rho=0.5), functools.partial(AMP, epsilon=0.5,
+                                                                                     perturbation='global')])
+def test_a_group_without_a_radius_does_not_shorten_the_others(make):
+    a, b, seen = *(nn.Parameter(torch.zeros(1)) for _ in range(2)), []
+    option = 'epsilon' if make.func is AMP else 'rho'
+    optimizer = make([{'params': [a]}, {'params': [b], option: 0.0}], lr=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append((a.item(), b.item()))
+        (3 * a + 4 * b).sum().backward()
+
+    optimizer.step(closure)
+    assert seen == [(0, 0), (pytest.approx(0.5), 0)]
+
+
 def test_invalid_options_are_refused():
     w = [nn.Parameter(torch.ones(1))]
     for options, sentence in (({'rho': -1}, 'rho must be a number of at least 0, was given -1'),
@@ -235,6 +253,8 @@ def test_invalid_options_are_refused():
                               ({'direction': 'momentum', 'momentum': 0.9, 'rho': math.inf}, 'rho must be a number'),
                               ({'direction': 'momentum', 'momentum': 0.9, 'adaptive': True}, 'adaptive is for'),
                               ({'climb_fraction': 0.0}, 'climb_fraction must be a number above 0 and at most 1'),
+                              ({'maximize': True}, 'SAM climbs to a higher loss, so maximize has no meaning in it'),
+                              ({'base_optimizer': torch.optim.Adadelta}, 'Adadelta, which has an option rho too'),
                               ({'base_optimizer': torch.optim.LBFGS}, 'SAM cannot wrap LBFGS')):
         with pytest.raises(ValueError, match=sentence):
             SAM(w, lr=0.1, **options)

@@ -2,12 +2,14 @@
 code.
 """
 import os
+import random
 import warnings
 import zipfile
 
+import numpy as np
 import torch
 
-from utils import contents, distributed, flags, output, schedule
+from utils import contents, device as devices, distributed, flags, output, schedule
 from utils.errors import UserError, one_line
 from utils.files import replacing
 
@@ -221,14 +223,22 @@ def _check_group(group, optimizer):
 
 
 def random_state():
-    """The state of the generators that dropout draws from: the CPU's, and the CUDA device's if one is used."""
-    return {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+    """The states of the generators of PyTorch, from which dropout draws (the CPU's, and the CUDA device's if one is
+    used), and of Python and NumPy, from which a loop may draw.
+    """
+    kind, words, *rest = np.random.get_state()
+    version, *others = random.getstate()
+    return {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            'python': [version, *others], 'numpy': [kind, words.tolist(), *rest]}
 
 
 def set_random_state(state):
     torch.set_rng_state(state['cpu'])
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
+    if 'python' in state:
+        random.setstate(contents.python_state(state['python']))
+        np.random.set_state(state['numpy'])
 
 
 def begin_random_state(state, seed):
@@ -240,4 +250,4 @@ def begin_random_state(state, seed):
     if distributed.rank() < len(known):
         set_random_state(known[distributed.rank()])
     elif not distributed.is_first():
-        torch.manual_seed(seed + distributed.rank() * 2 ** 32)
+        devices.seed(seed + distributed.rank() * 2 ** 32)

@@ -1,7 +1,9 @@
 """What a checkpoint holds. It is checked once, when it is read, so that what uses it later need not."""
 import math
+import random
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
@@ -69,7 +71,29 @@ def _is_log(lines):
     return len({len(line) for line in lines}) == 1 and epochs == sorted(set(epochs)) and min(epochs, default=1) > 0
 
 
-RANDOM_STATE = record(cpu=Kind('the state of a generator', _is_cpu_state), cuda=optional(BYTES))
+def _are_others(state):
+    """Of Python and NumPy; earlier versions had none."""
+    held = state.get('python'), state.get('numpy')
+    if not state.keys() & {'python', 'numpy'}:
+        return True
+    try:
+        if not all(map(_is_plain, held)):
+            return False
+        random.Random().setstate(python_state(held[0]))
+        np.random.RandomState().set_state(held[1])
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+def python_state(held):
+    """A state for random.setstate, of the lists that a file has."""
+    version, words, gauss = held
+    return version, tuple(words), gauss
+
+
+CPU_AND_CUDA = record(cpu=Kind('the state of a generator', _is_cpu_state), cuda=optional(BYTES))
+RANDOM_STATE = Kind('the states of generators', lambda value: CPU_AND_CUDA.fits(value) and _are_others(value))
 OPTIMIZER = record(
     state=Kind('a dict, for each parameter a dict', lambda value: isinstance(value, dict) and all(
         type(key) is str or type(key) is int and isinstance(held, dict) for key, held in value.items())),
@@ -89,7 +113,8 @@ REQUIRED = {
 OPTIONAL = {
     'script': WORD, 'optimizer_class': WORD, 'ema': optional(TENSORS), 'other_random_states': list_of(RANDOM_STATE),
     'step': COUNT, 'own_rate': Kind('true or false', lambda value: type(value) is bool), 'meter': optional(METER),
-    'seconds': NUMBER,
+    'seconds': NUMBER, 'rate': optional(Kind('a number', lambda value: type(value) is float)), 'steps': COUNT,
+    'given': list_of(WORD),
     'log': Kind('a header and rows of numbers', lambda value: list_of(list_of(WORD)).fits(value) and _is_log(value)),
     'images': dict_of(WORD), 'trained_with': dict_of(PLAIN), 'changes': list_of(WORD),
 }

@@ -4,9 +4,11 @@ import functools
 import os
 import pathlib
 import platform
+import random
 import shutil
 import subprocess
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
@@ -23,8 +25,15 @@ def set_up(args, compiling=False):
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA reads it when it is first used
         torch.use_deterministic_algorithms(True)
-    torch.manual_seed(args.seed)
+    seed(args.seed)
     return device
+
+
+def seed(number):
+    """Seed the generators of PyTorch, Python and NumPy, from which a loop may draw."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed([number % 2 ** 32, number // 2 ** 32])
 
 
 @functools.cache  # it says it once, however many checkpoints are opened

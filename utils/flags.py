@@ -308,7 +308,7 @@ def add_training_arguments(group, train_batch, test_batch):
     group.add_argument('--test-batch', type=bounded(int, 1), default=test_batch, metavar='N', help=f'({test_batch})')
     group.add_argument('--bias-lr-factor', type=bounded(float, 0.001, 1000), default=1.0, metavar='F',
                        help='learning rate of BatchNorm biases, as a multiple of lr; their weight decay is divided by '
-                            'it, so that a step shrinks them as before (1)')
+                            'it, so that a step of SGD or AdamW shrinks them as before (1)')
     group.add_argument('--clip-norm', type=bounded(float, 0, above=True), metavar='NORM',
                        help='largest norm of the gradient')
     group.add_argument('--label-smoothing', type=bounded(float, 0, 1), default=0.0, metavar='S',

@@ -25,6 +25,9 @@ and, where it needs them:
     strength(args)                 -> 0 where its head has no margin that these two could scale
     begins(args)                   -> {flag: share of the training after which what it says begins}, so that a training
                                       that ends before is refused
+    by_position(args)              -> whether its `before_step` or its optimizer does other things at another share of
+                                      the training, so that a run that is made longer is mixed; not needed beside
+                                      `begins`
     first_values(args)             -> flags that a checkpoint's state replaces, so that a resumed run refuses them
     CLASS_TARGETS = True where targets must be one class for each image, not shares of several, as mixing images gives
 --method-start and --method-ramp scale the strength of each method, from 0, which is plain training, to 1: the option
@@ -55,13 +58,13 @@ import math
 import torch
 from torch import nn
 
-from utils import memory, strength
+from utils import checkpoint, memory, strength
 from utils.activations import Activations
 from utils.criterion import Criterion
 from utils.errors import UserError, one_line
 from utils.flags import meaning
 from utils.parts import single_image_explained
-from utils.schedule import OPTIMIZERS
+from utils.schedule import OPTIMIZERS, made_with
 
 # A method of your own is one more line here, the name of its file.
 METHODS = {name.rpartition('.')[2]: importlib.import_module(name) for name in (
@@ -141,7 +144,7 @@ def check_arguments(args, parser):
         if name in args.method and args.compile and hasattr(module, 'layers'):
             parser.error(f'--method {name} and --compile cannot combine: it needs gradients at layers inside of what '
                          'is compiled')
-        first_values = module.first_values(args) if args.resume and hasattr(module, 'first_values') else set()
+        first_values = _answer(name, 'first_values', args, set()) if args.resume else set()
         for flag in sorted(first_values & args.given):
             parser.error(f'{parser.spelling(flag)} is where a new run begins; a resumed run has the value of its '
                          'checkpoint')
@@ -158,9 +161,9 @@ def check_arguments(args, parser):
             parser.error(f'--coef weighs the loss term of the one selected method that has one, but {why}')
         if f'{weighted[0]}_coef' in args.given:
             parser.error(f'--coef and {_coef_flag(weighted[0])} are the same weight; use one of them')
-        setattr(args, f'{weighted[0]}_coef', args.coef)
-    numbers = [METHODS[name].strength(args) if hasattr(METHODS[name], 'strength') else
-               getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None) for name in args.method]
+        spell_out_coef(args, args.method)
+    numbers = [_answer(name, 'strength', args, getattr(args, getattr(METHODS[name], 'STRENGTH', f'{name}_coef'), None))
+               for name in args.method]
     if args.given & {'method_start', 'method_ramp'} and numbers and all(number == 0 for number in numbers):
         parser.error('--method-start and --method-ramp scale a strength that is 0 here')
     for name in weighted:
@@ -169,14 +172,36 @@ def check_arguments(args, parser):
                          f'{getattr(args, f"{name}_coef")}')
 
 
+def spell_out_coef(args, chosen):
+    """Put a given --coef under the name of the weight that it is short for, if the methods `chosen` have one such."""
+    weights = [f'{name}_coef' for name in chosen if hasattr(args, f'{name}_coef')]
+    if 'coef' in args.given and len(weights) == 1 and weights[0] not in args.given:
+        setattr(args, weights[0], args.coef)
+        args.given = args.given - {'coef'} | {weights[0]}
+
+
+def by_position(args):
+    """Whether what the chosen methods do at a step depends on the share of the training that is behind it."""
+    return bool(args.method and (args.method_start or args.method_ramp or begins(args))) or any(
+        _answer(name, 'by_position', args) for name in args.method)
+
+
 def _coef_flag(name):
     return f'--{name.replace("_", "-")}-coef'
 
 
 def begins(args):
     """{flag: the share of the training after which what it says begins} of the chosen methods."""
-    of_each = [METHODS[name].begins(args) for name in args.method if hasattr(METHODS[name], 'begins')]
+    of_each = [_answer(name, 'begins', args, {}) for name in args.method]
     return {flag: share for own in of_each for flag, share in own.items()}
+
+
+def _answer(name, part, args, default=None):
+    """What the function `part` of a method says of the flags, if it has one; UserError for its ValueError."""
+    try:
+        return getattr(METHODS[name], part)(args) if hasattr(METHODS[name], part) else default
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def flags(module):
@@ -250,8 +275,9 @@ def _loss_term(args, name, model, class_counts=None):
     part = getattr(METHODS[name], 'loss_term', None)
     if not _needs_class_counts(name):
         return _call(part, args, model) if part else None
+    before = list(inspect.signature(part).parameters).index('class_counts')
     try:
-        return part(args, model, class_counts)
+        return part(*(args, model)[:before], class_counts)
     except ValueError as error:  # perhaps of a class without training images
         raise UserError(f'--method {name}: {error}') from error
 
@@ -299,6 +325,20 @@ def check_optimizer(args, optimizer):
             raise UserError(f'--method {name} is an optimizer, and the script trains with {type(optimizer).__name__} '
                             f'instead, which has no option {option}; put yours inside of it (base_optimizer), or leave '
                             f'out --method {name}')
+
+
+def own_options(args, model, optimizer):
+    """Words for the options of an `optimizer` that the script made itself, as far as the flags would make others; none
+    where the flags make the same.
+    """
+    made = build_optimizer(args, model, 1)
+    own, of_flags = ([made_with(group) for group in each.param_groups] for each in (optimizer, made))
+    alike = type(made) is type(optimizer) and checkpoint.class_name(made) == checkpoint.class_name(optimizer)
+    if not alike or len(own) != len(of_flags):
+        of_flags = [{}] * len(own)
+    differing = [', '.join(f'{name} {value}' for name, value in mine.items() if value is not None and value is not False
+                           and (name not in theirs or theirs[name] != value)) for mine, theirs in zip(own, of_flags)]
+    return '; '.join(differing) if any(differing) else ''
 
 
 def default_lr(args):

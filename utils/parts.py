@@ -54,6 +54,7 @@ class Parts:
         self.noise_batch = args.mini_batch or args.train_batch
         self.local_batch = args.train_batch * args.batch_multiplier // distributed.world_size()
         self.rank_offset = distributed.rank() * self.local_batch
+        self.whole = not (distributed.active() or args.mini_batch or args.batch_multiplier > 1)
 
     def of(self, batch):
         """(images, targets, weight) of each part of a `Batch`; the weight is a number."""
@@ -63,6 +64,8 @@ class Parts:
         self.batch_size, self.passes, self.trained_losses = batch.size, passes, []
         images, targets = batch.images, batch.targets
         self.kept_logits, self.kept_losses, self.local_images, noise_index = [], [], len(targets), 0
+        if self.whole:  # also a batch that the loop has made longer
+            self.ghost_batch = self.noise_batch = max(self.ghost_batch, len(targets))
         expected = min(max(batch.size - self.rank_offset, 0), self.local_batch)
         sizes = part_sizes(len(targets), expected, self.ghost_batch)
         parts = list(zip(images.split(sizes), targets.split(sizes)))
@@ -97,10 +100,10 @@ class Parts:
             return batch
         unit = self.mini_batch or 2
         if getattr(self.optimizer, 'local_pass', False):
-            count = min(unit * math.ceil(fraction * local / unit), local)
+            count = min(unit * math.ceil(round(fraction * local / unit, 9)), local)
             size = batch.size * count / max(local, 1)
         else:
-            size = min(unit * math.ceil(fraction * batch.size / unit), batch.size)
+            size = min(unit * math.ceil(round(fraction * batch.size / unit, 9)), batch.size)
             count = min(max(size - self.rank_offset, 0), local)
         return Batch(batch.images[:count], batch.targets[:count], size)
 

@@ -27,11 +27,14 @@ def read_arguments(parser, script, folder_of, evaluated_without_resume=None):
     if args.resume:
         state, path = checkpoint.read(args.resume, script), args.resume
         if auto:  # the same command once more, so what it says again is not a wish to change anything
+            methods.spell_out_coef(args, args.method if 'method' in args.given else state['args'].get('method', ()))
+            missing = _missing(args, state, parser)
             args.given -= _unchanged(args, state['args'])
-            _check_auto(args, state['args'], parser)
+            _check_auto(args, state['args'], missing, parser)
         _check_flags(args, state, parser)
-        given, args = args.given, parser.parse_args(defaults=inherited_flags(state))
-        args.given, args.resume = given, path
+        given = {name: getattr(args, name) for name in args.given}
+        args = parser.parse_args(defaults=inherited_flags(state))
+        vars(args).update(given, given=set(given), resume=path)
     elif args.evaluate and not (evaluated_without_resume and getattr(args, evaluated_without_resume)):
         instead = f', or --{evaluated_without_resume}' if evaluated_without_resume else ''
         parser.error(f'--evaluate needs --resume FILE, the checkpoint to evaluate{instead}')
@@ -70,14 +73,30 @@ def _unchanged(args, held):
             or name not in held and flags.meaning(name).resume == flags.BEGIN}
 
 
-def _check_auto(args, held, parser):
+def given(args, state):
+    """The flags that decide what a run is, and that it was given when it began or was resumed; sorted names."""
+    own = {name for name in args.given if flags.meaning(name).resume not in (flags.FREE, flags.START)}
+    return sorted(own.union(state.get('given', ())))
+
+
+def _missing(args, state, parser):
+    """The flags that the run in the folder was given, other than what they are by default, and the command line not."""
+    declared, held = vars(parser.parse_args([])), state['args']
+    return {name for name in (held.keys() & declared.keys() & {*state.get('given', ())}) - args.given
+            if held[name] != declared[name]}
+
+
+def _check_auto(args, held, missing, parser):
     """Refuse, with --resume auto, flags that differ from the run in the folder."""
-    for name in sorted(args.given & held.keys()):
-        if flags.meaning(name).resume not in (flags.FREE, flags.START):
-            flag = parser.spelling(name)
-            parser.error(f'--resume auto would resume the run in {os.path.dirname(args.resume)}, which has {flag} '
-                         f'{held[name]}, not {getattr(args, name)}; give another --checkpoint, or --resume '
-                         f'{args.resume} to change it')
+    asked = {name for name in args.given & held.keys()
+             if flags.meaning(name).resume not in (flags.FREE, flags.START)}
+    for name in sorted(asked | missing):
+        flag, value = parser.spelling(name), held[name]
+        has = f'no {flag}' if value is None or value is False else flag if value is True else f'{flag} {_word(value)}'
+        parser.error(f'--resume auto would resume the run in {os.path.dirname(args.resume)}, which has {has}, '
+                     + (f'not {_word(getattr(args, name))}' if name in asked else 'and this command has not')
+                     + f'; give another --checkpoint, or --resume {args.resume} to '
+                     + ('change it' if name in asked else 'resume that run'))
 
 
 def _check_flags(args, state, parser):
@@ -182,26 +201,40 @@ def rows_behind(args, state, columns):
     return [[*row, seconds.get(tuple(row), 'nan')] for row in rows]
 
 
-def changes(args, state, now, rows, rates):
+def changes(args, state, now, rates):
     """What a run that is resumed will be trained with and was not until now: a list of at most one sentence.
 
-    now: its `setting`. rows: of the log. rates: the learning rate at which it would have begun the epoch of each row;
-    flags about the rate count as changed where that is not the rate in the log, unless the script sets its own.
+    now: its `setting`. rates: [(the learning rate with which an epoch that is behind began, or that is half behind;
+    the one with which it would begin now), ...]; flags about the rate count as changed where these differ, unless the
+    script sets its own. Another length of the training counts where `by_position` is true. UserError where no epoch is
+    left that could be trained otherwise.
     """
     then = state.get('trained_with')
     if then is None and args.resume and (state['epoch'] > args.start_epoch or state.get('step')):
         then, now = methods.setting(state['args']), methods.setting(args.inherited)  # of a version that kept no setting
     if then is None:
         return []
-    names = {name for name in then.keys() & now.keys() if then[name] != now[name]} - {'data', 'epochs'}
+    names = {name for name in then.keys() & now.keys() if then[name] != now[name]} - {'data'}
+    if not by_position(args):
+        names -= {'epochs'}
     other_rate = False
     if not state.get('changes') and not state.get('own_rate'):
         names -= set(schedule.RATE_FLAGS)
-        other_rate = any(float(row[1]) != float(f'{rate:.6g}') for row, rate in zip(rows, rates))
+        other_rate = any(f'{float(then):.6g}' != f'{now:.6g}' for then, now in rates)
     words = [f'{name.replace("_", "-")} {_word(then[name])} -> {_word(now[name])}' for name in sorted(names)]
     words += ['another learning rate'] * other_rate
+    untrained = any(not flags.meaning(name).evaluate for name in names - {'epochs'})
+    untrained |= other_rate and then.get('epochs') == now.get('epochs')
+    if args.resume and state['epoch'] >= args.epochs and untrained:
+        raise UserError(f'{args.resume} has its {state["epoch"]} epochs behind it, so that nothing would be trained '
+                        f'with {", ".join(words)}; give a larger --epochs, or another --checkpoint to a run of its own')
     batches = f' and {state["step"]} batches' if state.get('step') else ''
     return [f'after epoch {state["epoch"]}{batches}: {", ".join(words)}'] if words else []
+
+
+def by_position(args):
+    """Whether what a step does depends on the share of the training that is behind it, other than by its rate."""
+    return args.swa is not None or methods.by_position(args)
 
 
 def _word(value):

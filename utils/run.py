@@ -78,6 +78,8 @@ class Run:
         self.predictions = None  # of the last epoch, if it was tested on the test images
         self.drawn, self.drawing_failed = time.perf_counter(), False
         self.read_again = 2  # checkpoints: the first has no state of the optimizer yet
+        self.running = None  # the epoch that `steps` has begun and `_end_steps` has not ended
+        self.steps_made = 0
         self.seconds = 0.0  # of training in the epoch that is running or has just run
         self.rate = math.nan  # at the beginning of that epoch
 
@@ -85,16 +87,22 @@ class Run:
         args, state = self.args, self.state
         checkpoint.begin_random_state(state, args.seed)
         names = quantities(state['network']['num_classes'])
+        behind = (state['epoch'] - args.start_epoch) * self.steps_per_epoch + state.get('step', 0)
+        self.steps_made = state.get('steps', behind)
         columns = ['Epoch', 'Learning Rate', *(f'{part} {name}' for part in ('Train', self.selection.title())
                                                for name in names), 'Seconds']
         old_rows = resume.rows_behind(args, state, columns)
         self.setting = resume.setting(args, state)
-        changes = resume.changes(args, state, self.setting, old_rows, [
-            self.learning_rate((int(row[0]) - 1) * self.steps_per_epoch) for row in old_rows])
+        begun = [(row[1], int(row[0]) - 1) for row in old_rows]
+        if state.get('step') and state.get('rate') is not None:
+            begun.append((state['rate'], state['epoch']))
+        changes = resume.changes(args, state, self.setting, [
+            (rate, self.learning_rate(epoch * self.steps_per_epoch)) for rate, epoch in begun])
         if changes:  # flags win over what the loop has set
             schedule.reset(self.optimizer, {*args.regime[0], *self.scaled_options})
         self.changes = [*state.get('changes', []), *changes]
         state['args'], state['optimizer_class'] = args.inherited, checkpoint.class_name(self.optimizer)
+        state['given'] = resume.given(args, state)
         distributed.barrier()
         state.setdefault('best', {'top1': -1.0, 'epoch': 0})
         if distributed.is_first():
@@ -145,15 +153,18 @@ class Run:
             self.meter.load(self.state['meter'], local=distributed.is_first())
         asked = time.perf_counter()
         began = asked - self.state.get('seconds', 0.0)
-        self.state.update(step=0, meter=None, seconds=0.0)  # the next epoch begins at its first batch
+        self.rate = self.state.get('rate') if resumed else None
+        self.state.update(step=0, meter=None, seconds=0.0, rate=None)  # the next epoch begins at its first batch
         if self.setting:
             self.state.update(trained_with=self.setting, changes=self.changes)
+        self.running = epoch
         with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
             for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
                 data_seconds = time.perf_counter() - asked
                 step = epoch * self.steps_per_epoch + index
+                self.steps_made += 1
                 yield step, Batch(images, targets, batches.images_in(index))
-                if index == resumed:
+                if self.rate is None:
                     self.rate = self._rate_of_epoch(epoch, step)
                 self.seconds, done = time.perf_counter() - began, index + 1
                 if self.bar.advance(self.meter, data_seconds):
@@ -161,13 +172,19 @@ class Run:
                 if args.checkpoint_every and done % args.checkpoint_every == 0 and done < self.steps_per_epoch:
                     whole = self.meter.of_all_processes()
                     self._check_losses(whole, epoch)
-                    self.save(output.LAST, step=done, meter=whole.state(), seconds=self.seconds)
+                    self.save(output.LAST, step=done, meter=whole.state(), seconds=self.seconds, rate=self.rate)
                 asked = time.perf_counter()
-        self.bar = None
+        self._end_steps()
+
+    def _end_steps(self):
+        """What follows the last step of an epoch, also where the loop has left it with a break."""
+        if self.running is None:
+            return
+        epoch, self.running, self.bar = self.running, None, None
         self._check_losses(self.meter.of_all_processes(), epoch)
-        if args.swa is not None and (epoch + 1) / args.epochs > args.swa:
+        if self.args.swa is not None and (epoch + 1) / self.args.epochs > self.args.swa:
             self.average.update_parameters(self.model)
-            estimate_statistics(self.average, batches, args, epoch)
+            estimate_statistics(self.average, self.batches['train'], self.args, epoch)
 
     @property
     def averaging(self):
@@ -188,6 +205,7 @@ class Run:
 
         After the last epoch it keeps the predictions for the report, unless there are validation images.
         """
+        self._end_steps()
         selected, last = self.batches[self.selection], epoch + 1 == self.args.epochs
         if not last and (epoch + 1) % self.test_every:
             return None
@@ -208,6 +226,7 @@ class Run:
 
         trained, tested: what `Meter.read_all` gave in training, and in the test on the selection split, or None.
         """
+        self._end_steps()
         part, rate = self.selection, self.rate
         folders.report_skipped(self.batches, self.in_folder('skipped.txt'))
         if tested and not math.isfinite(tested['Loss']):
@@ -240,13 +259,15 @@ class Run:
         self.state['own_rate'] = True  # the script's, and not that of the flags
         return rate
 
-    def save(self, name, step=0, meter=None, seconds=0.0):
-        """Write the checkpoint `name`. step: batches of the epoch that are done, counted by `meter` in `seconds`."""
+    def save(self, name, step=0, meter=None, seconds=0.0, rate=None):
+        """Write the checkpoint `name`. step: batches of the epoch that are done, counted by `meter` in `seconds`; rate:
+        with which it began.
+        """
         random_states = distributed.all_gather(checkpoint.random_state())
         self.state.update(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                           random_state=random_states[0], other_random_states=random_states[1:],
                           ema=self.average.state_dict() if self.averaging else None,
-                          step=step, meter=meter, seconds=seconds)
+                          step=step, meter=meter, seconds=seconds, rate=rate, steps=self.steps_made)
         if distributed.is_first():
             self.state['log'] = [line[:-1] for line in self.logger.lines]  # all but the seconds
             checkpoint.save(self.in_folder(name), self.state)
@@ -283,8 +304,9 @@ class Run:
         result = {'epoch': epoch, **metrics.in_result(tested, by_class), 'best': best,
                   'chosen by': 'validation' if chosen_by_validation else 'last epoch',
                   'test images': len(targets), 'parameters': count_parameters(self.model),
-                  'steps': (self.args.epochs - self.args.start_epoch) * self.steps_per_epoch,
-                  'seconds': sum(seconds), 'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
+                  'steps': self.steps_made,
+                  'seconds': sum(seconds) if len(seconds) == len(self.logger.lines) - 1 else None,
+                  'seconds per epoch': sum(seconds) / max(len(seconds), 1)}
         result['check sums'] = output.check_sums(result, self.logger.lines)
         write_json(self.in_folder(output.RESULT), result)
         note = (f'chosen by validation top-1 {best["top1"]:.2f}%' if chosen_by_validation
@@ -303,6 +325,7 @@ class Run:
         return {**{name: value for name, value in vars(self.args).items() if name not in derived},
                 'script': self.state['script'], 'as given': self.args.inherited, 'changes': self.changes,
                 'network': self.state['network'], 'optimizer class': self.state['optimizer_class'],
+                'optimizer options': methods.own_options(self.args, self.model, self.optimizer),
                 'parameters': count_parameters(self.model), 'training images by class': train.class_counts,
                 'processes': distributed.world_size(), 'environment': devices.environment(train.device)}
 

@@ -1,0 +1,245 @@
+"""Edits of the loop, and commands given once more with a change: what they do to the numbers, and what is said."""
+import json
+import pathlib
+import random
+import shlex
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import cifar
+from helpers import broken_off, call, few_digits as use_few_digits, write_run
+from utils import checkpoint, methods, output, resume
+from utils.errors import UserError
+from utils.lab.runs import Flags
+from utils.logger import read_log
+from utils.parts import Batch, Parts
+
+ROOT = pathlib.Path(__file__).parent.parent
+RUN = '--dataset digits --arch lenet --epochs 2 --schedule 1 --train-batch 20 --lr 0.02 --test-every 1 --manualSeed 1'
+
+
+@pytest.fixture(autouse=True)
+def digits(monkeypatch):
+    """100 images to train on, five steps an epoch, and 60 to test on; no curves are drawn."""
+    use_few_digits(monkeypatch, 100, 60)
+    monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
+
+
+def read(folder):
+    return torch.load(folder / output.LAST, weights_only=True)
+
+
+def result(folder, name='result.json'):
+    return json.loads((folder / name).read_text())
+
+
+def at_each_step(monkeypatch, edit):
+    """Let `edit(run, batch, step)` be called before each step; it may give another batch, or 'break' for after it."""
+    steps = cifar.Run.steps
+
+    def edited(run, epoch):
+        for step, batch in steps(run, epoch):
+            found = edit(run, batch, step)
+            yield step, batch if found in (None, 'break') else found
+            if found == 'break':
+                break
+
+    monkeypatch.setattr(cifar.Run, 'steps', edited)
+
+
+# Edits of the loop
+
+@pytest.mark.parametrize('script', ['cifar', 'imagenet'])
+def test_a_test_between_two_steps_leaves_the_network_in_training(script):
+    test = __import__(script).test
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    args = cifar.make_parser().parse_args([])
+    images = [(torch.zeros(2, 3, 1, 1), torch.zeros(2, dtype=torch.long))]
+
+    class Two(list):
+        num_classes, device = 2, torch.device('cpu')
+
+    for mode in (True, False):
+        network.train(mode)
+        test(Two(images), network, args)
+        assert network.training is mode
+
+
+def test_an_epoch_that_the_loop_ends_early_is_ended_like_any_other(monkeypatch, tmp_path):
+    """A break: --swa takes the weights, losses that are not finite are found, and the steps are those that were made.
+    """
+    at_each_step(monkeypatch, lambda run, batch, step: 'break' if step % 5 == 3 else None)
+    call(monkeypatch, cifar, f'{RUN} --swa 0.4 -c {tmp_path}/a')
+    assert read(tmp_path / 'a')['ema']['n_averaged'] == 2
+    assert result(tmp_path / 'a')['steps'] == read(tmp_path / 'a')['steps'] == 8
+
+    def broken(run, batch, step):
+        return 'break' if step == 3 else None if step else batch._replace(images=batch.images * torch.nan)
+
+    at_each_step(monkeypatch, broken)
+    with pytest.raises(UserError, match='the loss became nan in epoch 1, batch 1 of 5'):
+        call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/b')
+
+
+def test_a_batch_that_the_loop_makes_longer_passes_whole(monkeypatch, tmp_path):
+    at_each_step(monkeypatch, lambda run, batch, step: batch._replace(
+        images=torch.cat([batch.images, batch.images[:1]]), targets=torch.cat([batch.targets, batch.targets[:1]])))
+    seen = []
+    forward = torch.nn.BatchNorm1d.forward
+
+    def counted(module, x):
+        if module.training:
+            seen.append(len(x))
+        return forward(module, x)
+
+    monkeypatch.setattr(torch.nn.BatchNorm1d, 'forward', counted)
+    call(monkeypatch, cifar, f'{RUN.replace("lenet", "mlp")} --epochs 1 --schedule 0 -c {tmp_path}')
+    assert seen.count(21) and seen.count(21) % 5 == 0 and {*seen} <= {21, 2}  # of two blank images, before it begins
+
+
+@pytest.mark.parametrize('words, made', [
+    ('', lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5)), ('', lambda p: torch.optim.SGD([
+        {'params': [next(p)], 'lr': 0.3}, {'params': list(p)}], lr=0.02, momentum=0.9, weight_decay=5e-4)),
+    ('', lambda p: methods.METHODS['amp'].AMP(p, lr=0.02, epsilon=0.1, momentum=0.9, weight_decay=5e-4)),
+    ('--optimizer AdamW', lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.5, 0.9)))])
+def test_an_optimizer_of_the_script_is_not_folded_with_that_of_the_flags(words, made, monkeypatch, tmp_path):
+    call(monkeypatch, cifar, f'{RUN} --epochs 1 --schedule 0 {words} -c {tmp_path}/plain')
+    build = methods.build_optimizer
+    monkeypatch.setattr(cifar.methods, 'build_optimizer', lambda args, model, steps_per_epoch, parameters=None:
+                        made(model.parameters()) if steps_per_epoch == 5 else build(args, model, steps_per_epoch,
+                                                                                   parameters))
+    call(monkeypatch, cifar, f'{RUN} --epochs 1 --schedule 0 {words} -c {tmp_path}/own')
+    plain, own = (result(tmp_path / name, 'args.json') for name in ('plain', 'own'))
+    assert plain['optimizer options'] == '' != own['optimizer options']
+    assert Flags().setting(plain) != Flags().setting(own)
+
+
+def test_what_python_and_numpy_draw_in_the_loop_is_seeded_and_goes_on_after_a_resume(monkeypatch, tmp_path):
+    drawn = []
+    at_each_step(monkeypatch, lambda run, batch, step: drawn.append(
+        (step, random.random(), np.random.beta(1, 1))))
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/whole')
+    whole, drawn[:] = [*drawn], []
+    broken_off(monkeypatch, f'{RUN} -c {tmp_path}/parts', epoch=1)
+    np.random.seed(5), random.seed(5)
+    call(monkeypatch, cifar, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
+    assert drawn == whole and len(set(whole)) == 10
+    state = checkpoint.random_state()
+    checkpoint.set_random_state({name: state[name] for name in ('cpu', 'cuda')})  # of an earlier version
+
+
+@pytest.mark.parametrize('part', ['strength', 'begins', 'first_values', 'by_position'])
+def test_a_methods_value_error_is_a_sentence_whatever_was_asked(part, monkeypatch, tmp_path):
+    def refuse(args):
+        raise ValueError('--own-coef must be a whole number of moons')
+
+    def add_arguments(parser):
+        parser.add_argument('--own-coef', type=float, default=0.1)
+
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}')
+    own = types.SimpleNamespace(add_arguments=add_arguments, loss_term=lambda args: lambda *_: 0.0, **{part: refuse})
+    monkeypatch.setitem(methods.METHODS, 'own', own)
+    with pytest.raises(UserError, match='^--own-coef must be a whole number of moons$'):
+        call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --method own --epochs 3')
+
+
+@pytest.mark.parametrize('loss_term', [
+    lambda args, class_counts: lambda *_: class_counts, lambda class_counts: lambda *_: class_counts,
+    lambda args, model, class_counts: lambda *_: class_counts])
+def test_class_counts_are_given_under_their_name(loss_term, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, 'own', types.SimpleNamespace(loss_term=loss_term))
+    assert methods._loss_term(None, 'own', None, [3, 4])() == [3, 4]
+
+
+@pytest.mark.parametrize('fraction, images, expected', [
+    (0.28, 100, 28), (0.56, 50, 28), (0.14, 100, 14), (0.07, 200, 14), (0.281, 100, 30), (0.001, 100, 2), (0.5, 3, 2)])
+def test_the_share_of_a_batch_that_climbs_is_not_rounded_twice(fraction, images, expected):
+    args = types.SimpleNamespace(adversarial=None, mini_batch=None, train_batch=images, batch_multiplier=1)
+    for local in (False, True):
+        optimizer = types.SimpleNamespace(pass_fraction=fraction, local_pass=local)
+        parts = Parts(torch.nn.Linear(1, 1), optimizer, args)
+        batch, = parts.of(Batch(torch.zeros(images, 3, 1, 1), torch.zeros(images), images))
+        assert len(batch[0]) == expected and batch[2] == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    write_run(tmp_path / 'a')
+    command = f'{shlex.quote(sys.executable)} compare.py {shlex.quote(str(tmp_path))} | head -n 0; '
+    command += 'echo ${PIPESTATUS[0]}'
+    done = subprocess.run(['bash', '-c', command], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert (done.stdout, done.stderr) == ('141\n', '')
+
+
+# The same command once more
+
+def test_auto_refuses_a_command_that_says_less_or_other_than_the_run(monkeypatch, tmp_path, capsys):
+    def refused(words):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, cifar, words)
+        return capsys.readouterr().err
+
+    flags = f'{RUN} -c {tmp_path} --resume auto'
+    broken_off(monkeypatch, f'{flags} --method dma --coef 0.5 --label-smoothing 0.3', epoch=1)
+    assert 'which has --label-smoothing 0.3, and this command has not' in refused(f'{flags} --method dma --coef 0.5')
+    assert 'which has --dma-coef 0.5, not 0.9' in refused(f'{flags} --method dma --coef 0.9 --label-smoothing 0.3')
+    assert 'which has --method dma, and this command has not' in refused(f'{flags} --label-smoothing 0.3')
+    call(monkeypatch, cifar, f'{flags} --method dma --coef 0.5 --label-smoothing 0.3')
+    held = result(tmp_path, 'args.json')
+    assert held['changes'] == [] and held['dma_coef'] == 0.5
+    call(monkeypatch, cifar, f'{flags} --method dma --dma-coef 0.5 --label-smoothing 0.3')  # the same in other words
+
+
+def test_a_finished_run_is_not_given_flags_that_nothing_was_trained_with(monkeypatch, tmp_path):
+    call(monkeypatch, cifar, f'{RUN} --method dma -c {tmp_path}')
+    before = (tmp_path / 'args.json').read_bytes()
+    for flags, words in (('--coef 3', 'dma-coef 0.5 -> 3.0'), ('--lr 0.5', 'another learning rate')):
+        with pytest.raises(UserError, match=f'has its 2 epochs behind it, so that nothing .* with {words}; give a'):
+            call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar {flags}')
+        assert (tmp_path / 'args.json').read_bytes() == before
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --coef 3 --epochs 3')
+    assert result(tmp_path, 'args.json')['changes'] == ['after epoch 2: dma-coef 0.5 -> 3.0']
+
+
+@pytest.mark.parametrize('flags, goes_by_it', [
+    ('', False), ('--swa 0.5', True), ('--method dma', False), ('--method dma --method-start 0.5', True),
+    ('--method amp --method-ramp 0.5', True), ('--method lsoftmax', True), ('--method lsoftmax --margin 1', False),
+    ('--method lsoftmax --beta-schedule decay', False), ('--method ldam', True), ('--method ldam --deferred 1', False),
+    ('--method arcface', False), ('--method smoothout', False), ('--method smoothout --smoothing-type tanh', True)])
+def test_a_longer_training_is_another_one_for_what_goes_by_its_share(flags, goes_by_it, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(f'{RUN} {flags}')])
+    assert resume.by_position(cifar.parse_arguments()[0]) is goes_by_it
+
+
+def test_a_run_that_was_made_longer_says_so_where_that_matters(monkeypatch, tmp_path):
+    for name, flags, changes in (('plain', '', []), ('swa', '--swa 0.4', ['after epoch 2: epochs 2 -> 4'])):
+        call(monkeypatch, cifar, f'{RUN} {flags} -c {tmp_path}/{name}')
+        call(monkeypatch, cifar, f'--resume {tmp_path}/{name}/checkpoint.pth.tar --epochs 4')
+        assert result(tmp_path / name, 'args.json')['changes'] == changes
+
+
+def test_another_rate_in_the_middle_of_an_epoch_is_a_change_and_not_that_of_the_log(monkeypatch, tmp_path):
+    def killed(run, batch, step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_each_step(patch, killed)
+        call(patch, cifar, f'{RUN} --checkpoint-every 1 -c {tmp_path}')
+    assert (read(tmp_path)['step'], read(tmp_path)['rate']) == (3, 0.02)
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --lr 0.001')
+    assert result(tmp_path, 'args.json')['changes'] == ['after epoch 0 and 3 batches: another learning rate']
+    assert read_log(tmp_path / 'log.txt')['Learning Rate'] == [0.02, pytest.approx(0.0001)]
+
+
+def test_seconds_are_told_only_where_all_are_known(monkeypatch, tmp_path):
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/a')
+    assert result(tmp_path / 'a')['seconds'] > 0
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'b' / output.LAST).write_bytes((tmp_path / 'a' / output.LAST).read_bytes())
+    call(monkeypatch, cifar, f'--resume {tmp_path}/b/checkpoint.pth.tar --epochs 3')
+    assert result(tmp_path / 'b')['seconds'] is None and result(tmp_path / 'b')['seconds per epoch'] > 0
