@@ -13,7 +13,7 @@ from utils import flags, folders, memory, methods, output, own_dataset, resume, 
 from utils.bar import ProgressLine
 from utils.device import autocast
 from utils.errors import UserError
-from utils.eval import Meter, cross_entropy, metrics_line, predict
+from utils.eval import Meter, cross_entropy, evaluating, metrics_line, predict
 from utils.flags import bounded
 from utils.parts import Parts, check_batch, smallest_part
 from utils.run import Run, headline, validate
@@ -208,16 +208,13 @@ def train(run, criterion, optimizer, epoch, args):
 @torch.no_grad()
 def test(batches, model, args, meter=None):
     """Mean cross-entropy and accuracies over the images of all processes, counted by `meter` or a Meter."""
-    training = model.training  # as where `train` calls this between two steps
-    model.eval()
     meter = meter or Meter(len(batches), batches.num_classes, batches.device)
-    with ProgressLine('test', -(-len(batches) // distributed.world_size())) as bar:
+    with evaluating(model), ProgressLine('test', -(-len(batches) // distributed.world_size())) as bar:
         for images, targets in batches:
             with autocast(args, images):
                 outputs = predict(model, images, args.tta)
             meter.update(outputs, targets, cross_entropy(outputs, targets))
             bar.advance(meter)
-    model.train(training)
     return meter.read_all('test')
 
 

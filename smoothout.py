@@ -241,7 +241,7 @@ STRENGTH = 'ss'
 
 def by_position(args):
     """Whether the noise depends on the share of the training that is behind."""
-    return args.smoothing_type != 'constant'
+    return args.smoothing_type == 'tanh'
 
 
 def optimizer(args, model, steps_per_epoch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cifar
+import compare
 from helpers import broken_off, call, few_digits as use_few_digits, write_run
 from utils import checkpoint, methods, output, resume
 from utils.errors import UserError
@@ -57,7 +58,8 @@ def at_each_step(monkeypatch, edit):
 @pytest.mark.parametrize('script', ['cifar', 'imagenet'])
 def test_a_test_between_two_steps_leaves_the_network_in_training(script):
     test = __import__(script).test
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    frozen = torch.nn.BatchNorm1d(3).eval()
+    network = torch.nn.Sequential(torch.nn.Flatten(), frozen, torch.nn.Linear(3, 2))
     args = cifar.make_parser().parse_args([])
     images = [(torch.zeros(2, 3, 1, 1), torch.zeros(2, dtype=torch.long))]
 
@@ -66,8 +68,9 @@ def test_a_test_between_two_steps_leaves_the_network_in_training(script):
 
     for mode in (True, False):
         network.train(mode)
+        frozen.eval()
         test(Two(images), network, args)
-        assert network.training is mode
+        assert (network.training, network[2].training, frozen.training) == (mode, mode, False)
 
 
 def test_an_epoch_that_the_loop_ends_early_is_ended_like_any_other(monkeypatch, tmp_path):
@@ -78,12 +81,27 @@ def test_an_epoch_that_the_loop_ends_early_is_ended_like_any_other(monkeypatch, 
     assert read(tmp_path / 'a')['ema']['n_averaged'] == 2
     assert result(tmp_path / 'a')['steps'] == read(tmp_path / 'a')['steps'] == 8
 
+    at_each_step(monkeypatch, lambda run, batch, step: 'break')  # after one step of each epoch
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/one')
+    assert result(tmp_path / 'one')['steps'] == 2
+    assert read_log(tmp_path / 'one/log.txt')['Learning Rate'] == [0.02, 0.002]
+
     def broken(run, batch, step):
         return 'break' if step == 3 else None if step else batch._replace(images=batch.images * torch.nan)
 
     at_each_step(monkeypatch, broken)
     with pytest.raises(UserError, match='the loss became nan in epoch 1, batch 1 of 5'):
         call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/b')
+
+
+def test_a_test_of_the_run_between_two_steps_changes_nothing(monkeypatch, tmp_path):
+    call(monkeypatch, cifar, f'{RUN} --swa 0.4 -c {tmp_path}/plain')
+    at_each_step(monkeypatch, lambda run, batch, step: cifar.test(
+        run.batches['test'], run.to_test, run.args, run.test_meter(step // 5)) and None)
+    call(monkeypatch, cifar, f'{RUN} --swa 0.4 -c {tmp_path}/tested')
+    plain, tested = read(tmp_path / 'plain'), read(tmp_path / 'tested')
+    assert plain['ema']['n_averaged'] == tested['ema']['n_averaged'] == 2
+    assert all(torch.equal(value, tested['state_dict'][name]) for name, value in plain['state_dict'].items())
 
 
 def test_a_batch_that_the_loop_makes_longer_passes_whole(monkeypatch, tmp_path):
@@ -157,7 +175,8 @@ def test_class_counts_are_given_under_their_name(loss_term, monkeypatch):
 
 
 @pytest.mark.parametrize('fraction, images, expected', [
-    (0.28, 100, 28), (0.56, 50, 28), (0.14, 100, 14), (0.07, 200, 14), (0.281, 100, 30), (0.001, 100, 2), (0.5, 3, 2)])
+    (0.28, 100, 28), (0.56, 50, 28), (0.14, 100, 14), (0.07, 200, 14), (0.281, 100, 30), (0.001, 100, 2), (0.5, 3, 2),
+    (1e-12, 9, 2)])
 def test_the_share_of_a_batch_that_climbs_is_not_rounded_twice(fraction, images, expected):
     args = types.SimpleNamespace(adversarial=None, mini_batch=None, train_batch=images, batch_multiplier=1)
     for local in (False, True):
@@ -189,9 +208,12 @@ def test_auto_refuses_a_command_that_says_less_or_other_than_the_run(monkeypatch
     assert 'which has --dma-coef 0.5, not 0.9' in refused(f'{flags} --method dma --coef 0.9 --label-smoothing 0.3')
     assert 'which has --method dma, and this command has not' in refused(f'{flags} --label-smoothing 0.3')
     call(monkeypatch, cifar, f'{flags} --method dma --coef 0.5 --label-smoothing 0.3')
+    call(monkeypatch, cifar, f'{flags} --method dma --dma-coef 0.5 --label-smoothing 0.3')  # the same in other words
     held = result(tmp_path, 'args.json')
     assert held['changes'] == [] and held['dma_coef'] == 0.5
-    call(monkeypatch, cifar, f'{flags} --method dma --dma-coef 0.5 --label-smoothing 0.3')  # the same in other words
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --method amp --epochs 3')
+    call(monkeypatch, cifar, f'{flags} --method amp --epochs 3 --label-smoothing 0.3')  # without the flags of DMA
+    capsys.readouterr()
 
 
 def test_a_finished_run_is_not_given_flags_that_nothing_was_trained_with(monkeypatch, tmp_path):
@@ -209,7 +231,8 @@ def test_a_finished_run_is_not_given_flags_that_nothing_was_trained_with(monkeyp
     ('', False), ('--swa 0.5', True), ('--method dma', False), ('--method dma --method-start 0.5', True),
     ('--method amp --method-ramp 0.5', True), ('--method lsoftmax', True), ('--method lsoftmax --margin 1', False),
     ('--method lsoftmax --beta-schedule decay', False), ('--method ldam', True), ('--method ldam --deferred 1', False),
-    ('--method arcface', False), ('--method smoothout', False), ('--method smoothout --smoothing-type tanh', True)])
+    ('--method arcface', False), ('--method smoothout', False), ('--method smoothout --smoothing-type tanh', True),
+    ('--method smoothout --smoothing-type anneal', False)])
 def test_a_longer_training_is_another_one_for_what_goes_by_its_share(flags, goes_by_it, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['cifar.py', *shlex.split(f'{RUN} {flags}')])
     assert resume.by_position(cifar.parse_arguments()[0]) is goes_by_it
@@ -236,10 +259,13 @@ def test_another_rate_in_the_middle_of_an_epoch_is_a_change_and_not_that_of_the_
     assert read_log(tmp_path / 'log.txt')['Learning Rate'] == [0.02, pytest.approx(0.0001)]
 
 
-def test_seconds_are_told_only_where_all_are_known(monkeypatch, tmp_path):
+def test_seconds_are_told_only_where_all_are_known(monkeypatch, tmp_path, capsys):
     call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/a')
     assert result(tmp_path / 'a')['seconds'] > 0
     (tmp_path / 'b').mkdir()
     (tmp_path / 'b' / output.LAST).write_bytes((tmp_path / 'a' / output.LAST).read_bytes())
     call(monkeypatch, cifar, f'--resume {tmp_path}/b/checkpoint.pth.tar --epochs 3')
     assert result(tmp_path / 'b')['seconds'] is None and result(tmp_path / 'b')['seconds per epoch'] > 0
+    monkeypatch.setattr(sys, 'argv', ['compare.py', str(tmp_path / 'b')])
+    compare.main()
+    assert 'broken' not in capsys.readouterr().out

@@ -21,6 +21,7 @@ def average_of_weights(args, state, model, optimizer):
         optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     else:
         return None
+    average.eval()
     if state.get('ema'):
         checkpoint.load_weights(average, state['ema'], args.resume)
     return average
@@ -57,6 +58,7 @@ def estimate_statistics(average, batches, args, epoch):
         for buffer, total in zip((norm.running_mean, norm.running_var), sums):
             buffer.copy_(total / count)
         norm.num_batches_tracked.copy_(count.squeeze())
+    average.eval()
 
 
 class Features(torch.nn.Module):

@@ -77,7 +77,9 @@ def _are_others(state):
     if not state.keys() & {'python', 'numpy'}:
         return True
     try:
-        if not all(map(_is_plain, held)):
+        (_, _, gauss), (_, _, position, has_gauss, cached) = held
+        if not all(map(_is_plain, held)) or not (type(gauss) in (type(None), float) and type(cached) is float
+                                                 and position in range(625) and has_gauss in (0, 1)):
             return False
         random.Random().setstate(python_state(held[0]))
         np.random.RandomState().set_state(held[1])

@@ -1,4 +1,5 @@
 """Loss and accuracy, counted on the device: nothing here waits for it until a number is read."""
+import contextlib
 import copy
 
 import torch
@@ -16,6 +17,20 @@ def logits_of(outputs):
     while isinstance(outputs, tuple):
         outputs = outputs[0]
     return outputs
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """A context in which `model` is in evaluation mode; behind it each of its modules is in the mode that it was in, as
+    where a test is made between two steps, or a part of the network is frozen.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def predict(model, images, tta=None):

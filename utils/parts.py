@@ -64,17 +64,18 @@ class Parts:
         self.batch_size, self.passes, self.trained_losses = batch.size, passes, []
         images, targets = batch.images, batch.targets
         self.kept_logits, self.kept_losses, self.local_images, noise_index = [], [], len(targets), 0
+        ghost_batch = self.ghost_batch
         if self.whole:  # also a batch that the loop has made longer
-            self.ghost_batch = self.noise_batch = max(self.ghost_batch, len(targets))
+            ghost_batch = self.noise_batch = max(ghost_batch, len(targets))
         expected = min(max(batch.size - self.rank_offset, 0), self.local_batch)
-        sizes = part_sizes(len(targets), expected, self.ghost_batch)
+        sizes = part_sizes(len(targets), expected, ghost_batch)
         parts = list(zip(images.split(sizes), targets.split(sizes)))
         if not parts:
             parts = [(images.new_zeros(2, *images.shape[1:]), targets.new_zeros(2, *targets.shape[1:]))]
         averaged = not getattr(self.optimizer, 'local_pass', False)
         with self.statistics.combined(passes * len(sizes)):
             for index, (images, targets) in enumerate(parts):
-                noise_index = self._renew_noise(noise_index, self.rank_offset + index * self.ghost_batch, batch.size)
+                noise_index = self._renew_noise(noise_index, self.rank_offset + index * ghost_batch, batch.size)
                 self.part_images = len(targets)
                 weight = len(targets) * distributed.world_size() / batch.size if self.local_images else 0.0
                 last = averaged and index == len(parts) - 1
@@ -100,10 +101,10 @@ class Parts:
             return batch
         unit = self.mini_batch or 2
         if getattr(self.optimizer, 'local_pass', False):
-            count = min(unit * math.ceil(round(fraction * local / unit, 9)), local)
+            count = min(unit * whole_units(fraction * local / unit), local)
             size = batch.size * count / max(local, 1)
         else:
-            size = min(unit * math.ceil(round(fraction * batch.size / unit, 9)), batch.size)
+            size = min(unit * whole_units(fraction * batch.size / unit), batch.size)
             count = min(max(size - self.rank_offset, 0), local)
         return Batch(batch.images[:count], batch.targets[:count], size)
 
@@ -198,6 +199,11 @@ class BatchNormStatistics:
 
     def _flat(self):
         return torch.cat([buffer.flatten() for buffer in self.running])
+
+
+def whole_units(number):
+    """A number above 0 rounded up, unless it is a whole one but for the error of floating point."""
+    return max(math.ceil(round(number, 9)), 1)
 
 
 def ghost_batch(args):

@@ -82,7 +82,7 @@ def given(args, state):
 def _missing(args, state, parser):
     """The flags that the run in the folder was given, other than what they are by default, and the command line not."""
     declared, held = vars(parser.parse_args([])), state['args']
-    return {name for name in (held.keys() & declared.keys() & {*state.get('given', ())}) - args.given
+    return {name for name in (methods.setting(held).keys() & declared.keys() & {*state.get('given', ())}) - args.given
             if held[name] != declared[name]}
 
 
@@ -220,10 +220,10 @@ def changes(args, state, now, rates):
     other_rate = False
     if not state.get('changes') and not state.get('own_rate'):
         names -= set(schedule.RATE_FLAGS)
-        other_rate = any(f'{float(then):.6g}' != f'{now:.6g}' for then, now in rates)
+        other_rate = any(f'{float(was):.6g}' != f'{float(would):.6g}' for was, would in rates)
     words = [f'{name.replace("_", "-")} {_word(then[name])} -> {_word(now[name])}' for name in sorted(names)]
     words += ['another learning rate'] * other_rate
-    untrained = any(not flags.meaning(name).evaluate for name in names - {'epochs'})
+    untrained = any(not flags.meaning(name).evaluate for name in names - {'epochs', 'training images'})
     untrained |= other_rate and then.get('epochs') == now.get('epochs')
     if args.resume and state['epoch'] >= args.epochs and untrained:
         raise UserError(f'{args.resume} has its {state["epoch"]} epochs behind it, so that nothing would be trained '

@@ -78,8 +78,8 @@ class Run:
         self.predictions = None  # of the last epoch, if it was tested on the test images
         self.drawn, self.drawing_failed = time.perf_counter(), False
         self.read_again = 2  # checkpoints: the first has no state of the optimizer yet
-        self.running = None  # the epoch that `steps` has begun and `_end_steps` has not ended
-        self.steps_made = 0
+        self.left = None  # the epoch that the loop has left, by a break or after its last step
+        self.step = self.steps_made = 0
         self.seconds = 0.0  # of training in the epoch that is running or has just run
         self.rate = math.nan  # at the beginning of that epoch
 
@@ -132,6 +132,9 @@ class Run:
                 raise error
         if isinstance(error, Stopped):
             self._with_sentence(error)
+        if isinstance(error, BrokenPipeError):
+            raise UserError(f'nothing reads the output any more ({one_line(error)}); the finished epochs are kept, '
+                            f'resume with: {self._how_to_resume()}') from error
         if isinstance(error, NotWritten):
             raise UserError(f'{error}; the finished epochs are kept, resume with: {self._how_to_resume()}') from error
 
@@ -153,34 +156,37 @@ class Run:
             self.meter.load(self.state['meter'], local=distributed.is_first())
         asked = time.perf_counter()
         began = asked - self.state.get('seconds', 0.0)
-        self.rate = self.state.get('rate') if resumed else None
+        held = self.state.get('rate') if resumed else None
+        self.rate, self.step = math.nan if held is None else held, epoch * self.steps_per_epoch + resumed
         self.state.update(step=0, meter=None, seconds=0.0, rate=None)  # the next epoch begins at its first batch
         if self.setting:
             self.state.update(trained_with=self.setting, changes=self.changes)
-        self.running = epoch
         with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
-            for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
-                data_seconds = time.perf_counter() - asked
-                step = epoch * self.steps_per_epoch + index
-                self.steps_made += 1
-                yield step, Batch(images, targets, batches.images_in(index))
-                if self.rate is None:
-                    self.rate = self._rate_of_epoch(epoch, step)
-                self.seconds, done = time.perf_counter() - began, index + 1
-                if self.bar.advance(self.meter, data_seconds):
-                    self._check_losses(self.meter, epoch)
-                if args.checkpoint_every and done % args.checkpoint_every == 0 and done < self.steps_per_epoch:
-                    whole = self.meter.of_all_processes()
-                    self._check_losses(whole, epoch)
-                    self.save(output.LAST, step=done, meter=whole.state(), seconds=self.seconds, rate=self.rate)
-                asked = time.perf_counter()
+            try:
+                for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
+                    data_seconds = time.perf_counter() - asked
+                    self.step = epoch * self.steps_per_epoch + index
+                    self.steps_made += 1
+                    yield self.step, Batch(images, targets, batches.images_in(index))
+                    self._keep_rate(epoch)
+                    self.seconds, done = time.perf_counter() - began, index + 1
+                    if self.bar.advance(self.meter, data_seconds):
+                        self._check_losses(self.meter, epoch)
+                    if args.checkpoint_every and done % args.checkpoint_every == 0 and done < self.steps_per_epoch:
+                        whole = self.meter.of_all_processes()
+                        self._check_losses(whole, epoch)
+                        self.save(output.LAST, step=done, meter=whole.state(), seconds=self.seconds, rate=self.rate)
+                    asked = time.perf_counter()
+            finally:
+                self.left = epoch
         self._end_steps()
 
     def _end_steps(self):
         """What follows the last step of an epoch, also where the loop has left it with a break."""
-        if self.running is None:
+        if self.left is None:
             return
-        epoch, self.running, self.bar = self.running, None, None
+        epoch, self.left, self.bar = self.left, None, None
+        self._keep_rate(epoch)
         self._check_losses(self.meter.of_all_processes(), epoch)
         if self.args.swa is not None and (epoch + 1) / self.args.epochs > self.args.swa:
             self.average.update_parameters(self.model)
@@ -251,13 +257,15 @@ class Run:
         group = self.optimizer.param_groups[0]
         return schedule.group_rate(group, step, self.steps_per_epoch, self.args) if 'lr' in group else math.nan
 
-    def _rate_of_epoch(self, epoch, step):
-        """The rate at the first step of an epoch, of which `step` has just been made."""
-        rate = float(self.optimizer.param_groups[0].get('lr', math.nan))
-        if rate == self.learning_rate(step) or math.isnan(rate):
-            return self.learning_rate(epoch * self.steps_per_epoch)
-        self.state['own_rate'] = True  # the script's, and not that of the flags
-        return rate
+    def _keep_rate(self, epoch):
+        """Keep the rate at the first step of an epoch, of which `self.step` has just been made, once for each."""
+        if not math.isnan(self.rate):
+            return
+        self.rate = rate = float(self.optimizer.param_groups[0].get('lr', math.nan))
+        if rate == self.learning_rate(self.step) or math.isnan(rate):
+            self.rate = float(self.learning_rate(epoch * self.steps_per_epoch))
+        else:
+            self.state['own_rate'] = True  # the script's, and not that of the flags
 
     def save(self, name, step=0, meter=None, seconds=0.0, rate=None):
         """Write the checkpoint `name`. step: batches of the epoch that are done, counted by `meter` in `seconds`; rate:
@@ -361,9 +369,10 @@ class Run:
             self.drawing_failed = True
 
     def _how_to_resume(self):
+        path = shlex.quote(self.in_folder(output.LAST))
         if distributed.active():
-            return 'the same command and --resume auto'
-        return f'python {self.state["script"]} --resume {shlex.quote(self.in_folder(output.LAST))}'
+            return f'the same torchrun and {self.state["script"]} --resume {path}'
+        return f'python {self.state["script"]} --resume {path}'
 
 
 def validate(args, state, regime, parser, model):

@@ -1,6 +1,6 @@
 """How a script begins and ends: its signals, its exit status, and one sentence instead of a traceback."""
-import contextlib
 import os
+import select
 import signal
 import sys
 
@@ -19,6 +19,20 @@ def _stop(signum, frame):
 def _ignore_signals():
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
+
+
+def _reader_has_left():
+    """Whether nobody reads stdout any more, as where head has seen enough; then Python's own last flush is quiet too.
+    """
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        left = any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # it is no file
+        return False
+    if left:
+        sys.stdout = open(os.devnull, 'w')
+    return left
 
 
 def _out_of_memory(error):
@@ -40,13 +54,10 @@ def run_script(main):
             distributed.barrier()  # until the first process has written its report
             _ignore_signals()  # nothing is left to stop but the end of Python
             distributed.stop()
-        except BrokenPipeError:  # the reader, such as head, has seen enough
-            with contextlib.suppress(OSError):
-                sys.stdout = open(os.devnull, 'w')  # Python's own last flush is quiet too
-            sys.exit(128 + signal.SIGPIPE)
         except (UserError, OSError) as error:  # an OSError, of a full disk or a read-only folder, names the file
             distributed.pause_unless_first()
-            sys.exit(f'error: {error}')
+            unread = _reader_has_left() and isinstance(error, BrokenPipeError)
+            sys.exit(128 + signal.SIGPIPE if unread else f'error: {error}')
         except (RuntimeError, MemoryError) as error:
             if lost := reader_lost(error):
                 sys.exit(f'error: {lost}')
