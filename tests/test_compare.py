@@ -720,14 +720,13 @@ def test_what_holds_no_run_among_the_arguments_is_named(finished, table, tmp_pat
 
 def test_a_mixed_run_is_left_out(finished, table, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('utils.run.plot_log', lambda *args: None)
-    for flags in ('--method dma', '--method dma --epochs 3'):  # nothing is left to train, then only one epoch is
-        monkeypatch.setattr(sys, 'argv', ['cifar.py', '--resume', f'{finished}/checkpoint.pth.tar', '-c',
-                                          f'{tmp_path}/dma', '--overwrite', *flags.split()])
-        cifar.main()
-        capsys.readouterr()
-        rows, notes = table(finished, tmp_path)
-        assert [row['n'] for row in rows.values()] == [1]
-        assert notes.splitlines()[1:] == [f'mixed: {tmp_path}/dma (after epoch 2: method none -> dma)']
+    monkeypatch.setattr(sys, 'argv', ['cifar.py', '--resume', f'{finished}/checkpoint.pth.tar', '-c',
+                                      f'{tmp_path}/dma', '--method', 'dma', '--epochs', '3'])
+    cifar.main()
+    capsys.readouterr()
+    rows, notes = table(finished, tmp_path)
+    assert [row['n'] for row in rows.values()] == [1]
+    assert notes.splitlines()[1:] == [f'mixed: {tmp_path}/dma (after epoch 2: method none -> dma)']
 
 
 # Mistakes
