@@ -119,6 +119,7 @@ def test_a_batch_that_the_loop_makes_longer_passes_whole(monkeypatch, tmp_path):
     ('', lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5)), ('', lambda p: torch.optim.SGD([
         {'params': [next(p)], 'lr': 0.3}, {'params': list(p)}], lr=0.02, momentum=0.9, weight_decay=5e-4)),
     ('', lambda p: methods.METHODS['amp'].AMP(p, lr=0.02, epsilon=0.1, momentum=0.9, weight_decay=5e-4)),
+    ('--nesterov', lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=5e-4)),
     ('--optimizer AdamW', lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.5, 0.9)))])
 def test_an_optimizer_of_the_script_is_not_folded_with_that_of_the_flags(words, made, monkeypatch, tmp_path):
     call(monkeypatch, cifar, f'{RUN} --epochs 1 --schedule 0 {words} -c {tmp_path}/plain')

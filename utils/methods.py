@@ -337,16 +337,16 @@ def own_options(args, model, optimizer):
     if not alike or len(own) != len(of_flags):
         of_flags = [{}] * len(own)
     differing = [', '.join(f'{name} {value}' for name, value in mine.items()
-                           if _is_told(name, value) and theirs.get(name) != value)
+                           if _is_told(name, value) and (value or None) != (theirs.get(name) or None))
                  for mine, theirs in zip(own, of_flags)]
     return '; '.join(differing) if any(differing) else ''
 
 
 def _is_told(name, value):
-    """Whether an option of an optimizer is set, and a number or a word, or some of these."""
+    """Whether an option of an optimizer is a number or a word, or some of these, or none."""
     values = value if isinstance(value, (tuple, list)) else [value]
-    return name not in ('initial_lr', 'param_names') and value is not None and value is not False and all(
-        isinstance(each, (bool, int, float, str)) for each in values)
+    return name not in ('initial_lr', 'param_names') and all(
+        each is None or isinstance(each, (bool, int, float, str)) for each in values)
 
 
 def default_lr(args):
