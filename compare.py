@@ -175,7 +175,7 @@ def explained_grid(args, runs, rows):
     yield (f'A cell: verdict, mean difference to `{args.baseline}` over the seeds that both have, with its 95% BCa '
            f'bootstrap interval; after the semicolon the result. {metric.higher.capitalize()} or {metric.lower}: the '
            'interval excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these '
-           'differences, corrected for the cells of the row (Holm).')
+           'differences (drawn ones above 16 pairs), corrected for the cells of the row (Holm).')
     for label, row in rows.items():
         pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
         if args.baseline not in row:
@@ -280,8 +280,8 @@ def explained(args, runs, rows):
     other = f'`{args.baseline}`' if args.baseline is not None else 'the same flags without a method'
     yield (f'Difference: to {other}, with Welch\'s 95% interval; paired difference: the mean over the seeds that both '
            'have, with a 95% BCa bootstrap interval; p: two-sided, among all changes of the signs of these '
-           'differences, corrected for the rows of the table (Holm); verdict: where the second interval excludes 0 '
-           'and p is at most 0.05.')
+           'differences (drawn ones above 16 pairs), corrected for the rows of the table (Holm); verdict: where the '
+           'second interval excludes 0 and p is at most 0.05.')
     if needed := statistics.needed(compared):
         yield (f'With {max(compared)} seeds that both have, nothing can be shown for {len(compared)} '
                f'row{"s" * (len(compared) > 1)}, however large the difference; it takes {needed} seeds.')

@@ -6,9 +6,11 @@
     python evaluate.py checkpoints/plain/checkpoint.pth.tar --logit-adjust 1 --as-run checkpoints/adjusted
     python compare.py checkpoints/plain checkpoints/adjusted --baseline "(none)"
 
-The checkpoint knows its network and its data. The confusion matrix is written beside it.
+The checkpoint knows its network and its data. The confusion matrix is written beside it, under a name of its own for a
+test with other flags than the run's.
 """
 import os
+import re
 
 import torch
 
@@ -25,6 +27,7 @@ from utils.lab import as_run, checkpoints
 from utils.lab.attack import Attack
 from utils.script import run_script
 
+TESTED_HOW = ('dataset', 'data', 'images', 'seed', 'no_augment', 'precision', 'tta', 'logit_adjust')
 OF_THE_RUN = ('mode', 'images', 'no_augment', 'dataset', 'data', 'precision', 'ss', 'attack')  # not with --as-run
 NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
 
@@ -88,22 +91,30 @@ def main():
         measured = landscape.measure(meter=predictions, bar=bar)
     probabilities, targets = predictions.of_all_images()
     by_class, confusion = metrics.of_classes(probabilities, targets)
-    how = f' | logit adjustment {args.logit_adjust:g}' if args.logit_adjust else ''
-    print(f'{subject.path}, of epoch {subject.state["epoch"]}{how} | {metrics_line(args.mode, measured)}')
+    how = tested_how(args)
+    words = ''.join(f' | {name.replace("-", " ")} {value}'.rstrip() for name, value in how.items())
+    print(f'{subject.path}, of epoch {subject.state["epoch"]}{words} | {metrics_line(args.mode, measured)}')
     print(metrics.class_report(subject.state['classes'], by_class, at_most=len(by_class['class accuracy'])))
     if args.ss is not None:
         print(f'under noise  {under_noise(landscape, args)}', flush=True)
     if args.attack:
         print(f'under attack {under_attack(landscape, args)}', flush=True)
 
-    how = f'-logit-adjust-{args.logit_adjust:g}' if args.logit_adjust else ''
-    stem = f'{checkpoints.stem(args, subject.path)}-{args.mode}{how}-confusion'
+    named = re.sub(r'[^\w.+-]+', '-', ''.join(f'-{name}-{value}'.rstrip('-') for name, value in how.items()))
+    stem = f'{checkpoints.stem(args, subject.path)}-{args.mode}{named}-confusion'
     os.makedirs(os.path.dirname(stem) or '.', exist_ok=True)
     metrics.write_confusion(confusion, subject.state['classes'], f'{stem}.csv', f'{stem}.png')
     print(f'confusion    {stem}.csv  {stem}.png')
     if args.as_run:
         as_run.write(args.as_run, files, measured, by_class, len(targets), environment(subject.device))
         print(f'as a run     {args.as_run}')
+
+
+def tested_how(args):
+    """Flag -> value, of those that make the test another than the run's, for its line and the names of its files."""
+    given = {name.replace('_', '-'): getattr(args, name) for name in TESTED_HOW if name in args.given}
+    return {name: '' if value is True else f'{value:g}' if isinstance(value, float) else os.path.basename(str(value))
+            for name, value in given.items()}
 
 
 def logit_adjustment(subject, tau):

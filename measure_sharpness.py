@@ -6,8 +6,8 @@
 L is the mean cross-entropy in evaluation, w the weights as one vector of P numbers, w_t those of one parameter tensor.
 
     --box          100 (max L(w + z) - L(w)) / (1 + L(w)) percent, over |z_i| <= epsilon (|w_i| + 1): Keskar et al.,
-    ICLR 2017
-                   (arXiv 1609.04836), equation 4, by their search, bounded L-BFGS, and by steps from corner to corner.
+                   ICLR 2017 (arXiv 1609.04836), equation 4, by their search, bounded L-BFGS, and by steps from corner
+                   to corner.
                    --manifolds N: over z = A y with |y_i| <= epsilon (|(A^+ w)_i| + 1), for a random P x N matrix A
     --ball         max L(w + z) - L(w), over |z_t|_2 <= epsilon for every tensor t: the ball of AMP (arXiv 2010.04925)
     --noise        mean L(w + z) - L(w), over SmoothOut's noise z (arXiv 1805.07898)

@@ -28,8 +28,8 @@ RUNS = {
     'large_margin': '--method large_margin --clip-norm 1',
     'large_margin, exact': '--method large_margin --exact --top-k 2 --large-margin-layers input layer2 '
                            '--cross-entropy-weight 1 --clip-norm 1',
-    'amp': '--method amp --epsilon 0.1', 'amp of all parameters, twice': '--method amp --epsilon 0.3 --perturbation '
-                                                                         'global --inner-iter 2',
+    'amp': '--method amp --epsilon 0.1',
+    'amp of all parameters, twice': '--method amp --epsilon 0.3 --perturbation global --inner-iter 2',
     'amp, every pass counts': '--method amp --epsilon 0.1 --perturbed-statistics',
     'dma amp': '--method dma amp --epsilon 0.1',
     'smoothout': '--method smoothout --ss 0.01', 'smoothout, filters': '--method smoothout --ss 0.1 --adapt-type '
@@ -48,8 +48,8 @@ RUNS = {
 }
 # Without --mini-batch each process normalises its own half of a batch, so these have a network without batch norm.
 WHOLE = {
-    'a whole batch': '-a lenet', 'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 '
-                                                             '--batch-multiplier 2',
+    'a whole batch': '-a lenet',
+    'whole batches, smoothout': '-a lenet --method smoothout --ss 0.01 --batch-multiplier 2',
     'a whole batch, amp': '-a lenet --method amp --epsilon 0.1',
     'a whole batch, mixed and flooded': '-a lenet --mixup 0.4 --flood 2.3',
     'a whole batch, adversarial': '-a lenet --adversarial 8/255',

@@ -265,8 +265,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path):
     ('--arch resnet21', "invalid choice: 'resnet21'"), ('--method dmaa', "invalid choice: 'dmaa'"),
     ('--lr -0.1', 'of at least 0'),
     ('--epochs 100 --schedule 50 150', '--schedule 50 150 goes past the last epoch; --epochs is 100'),
-    ('--coef 0.5', '--method (none) has none'), ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is '
-                                                                   'not selected'),
+    ('--coef 0.5', '--method (none) has none'),
+    ('--dma-coef 0.5', '--dma-coef is a flag of --method dma, which is not selected'),
     ('--method dma dma', 'names dma twice'), ('--train-batch 50001', 'larger than the training set of 50000 images'),
     ('--depth 21', '20 and 26'), ('--val-split 1.5', 'at most 0.9'),
     ('--widen-factor 2', '--widen-factor is not used by --arch resnet'),

@@ -349,8 +349,8 @@ def with_center(monkeypatch):
     monkeypatch.setitem(methods.METHODS, 'center', center)
 
 
-@pytest.mark.parametrize('flags', ['--method center', '--method lsoftmax center --margin 2 --beta-min 5 --mini-batch '
-                                                      '8 --ema 0.9',
+@pytest.mark.parametrize('flags', ['--method center',
+                                   '--method lsoftmax center --margin 2 --beta-min 5 --mini-batch 8 --ema 0.9',
                                    '--method center amp --epsilon 0.05 --clip-norm 1'])
 def test_center_loss_trains_its_centres_and_resumes(flags, with_center, few_digits, monkeypatch, tmp_path):
     flags = f'{SHORT} {flags} --center-coef 0.1'

@@ -431,8 +431,8 @@ def changed(content, index=1000):
     ('t10k-images-idx3-ubyte', lambda content: content[:-784], 'it holds 7839232 bytes, not 7840016'),
     ('t10k-images-idx3-ubyte', lambda content: content[:7] + b'\x0f' + content[8:-784],
      'its IDX header is 2051 9999 28 28, not 2051 10000 28 28'),
-    ('t10k-labels-idx1-ubyte', lambda content: b'text' + content[4:], 'its IDX header is 1952807028 10000, not 2049 '
-                                                                      '10000'),
+    ('t10k-labels-idx1-ubyte', lambda content: b'text' + content[4:],
+     'its IDX header is 1952807028 10000, not 2049 10000'),
     ('t10k-labels-idx1-ubyte', lambda content: b'', 'its IDX header is 0 0, not 2049 10000')])
 def test_contents_that_were_not_published_are_refused(compressed, file, change, reason, fashion):
     contents, packed, write = fashion

@@ -16,6 +16,7 @@ import compare
 from helpers import broken_off, call, write_run
 from utils import checkpoint, methods, output, resume
 from utils.errors import UserError
+from utils.eval import Meter
 from utils.lab.runs import Flags
 from utils.logger import read_log
 from utils.parts import Batch, Parts
@@ -87,6 +88,70 @@ def test_an_epoch_that_the_loop_ends_early_is_ended_like_any_other(monkeypatch, 
     at_each_step(monkeypatch, broken)
     with pytest.raises(UserError, match='the loss became nan in epoch 1, batch 1 of 5'):
         call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/b')
+
+
+def test_a_batch_that_the_loop_skips_counts_as_one_without_images(monkeypatch, tmp_path):
+    """Also in a checkpoint of the middle of an epoch, from which the run goes on."""
+    steps, killed = cifar.Run.steps, []
+
+    def edited(run, epoch):
+        for step, batch in steps(run, epoch):
+            if step == 6:
+                continue
+            if step == 9 and not killed:
+                killed.append(step)
+                raise KeyboardInterrupt
+            yield step, batch
+
+    monkeypatch.setattr(cifar.Run, 'steps', edited)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, cifar, f'{RUN} --checkpoint-every 3 -c {tmp_path}/a')
+    call(monkeypatch, cifar, f'--resume {tmp_path}/a/checkpoint.pth.tar')
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/b')
+    a, b = read(tmp_path / 'a')['state_dict'], read(tmp_path / 'b')['state_dict']
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_loop_that_counts_a_batch_twice_or_none_is_told(monkeypatch, tmp_path):
+    update = Meter.update
+    for changed, sentence in ((lambda *args: (update(*args), update(*args)), 'for each batch once, and the loop has'),
+                              (lambda *args: None, 'can be read, or the loop leaves out meter.update')):
+        monkeypatch.setattr(Meter, 'update', changed)
+        with pytest.raises(UserError, match=sentence):
+            call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/{len(sentence)}')
+    monkeypatch.undo()
+    meter, batch = Meter(1, 10, 'cpu'), (torch.zeros(2, 10), torch.zeros(2, dtype=torch.long), torch.tensor(1.0))
+    meter.update(*batch)
+    with pytest.raises(UserError, match='for each batch once'):
+        meter.update(*batch)
+
+
+def test_a_head_is_told_once_of_each_step_of_an_optimizer_of_the_script(monkeypatch, tmp_path):
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    class Bare:
+        def __init__(self, inner):
+            self.inner, self.param_groups, self.state_dict = inner, inner.param_groups, inner.state_dict
+
+    build, flags = methods.build_optimizer, f'{RUN} --method lsoftmax --beta-schedule decay --beta 10 --beta-decay 0.8'
+
+    def made(args, model, *rest, **more):
+        return torch.optim.SGD(model.parameters(), lr=0.02) if rest == (5,) else build(args, model, *rest, **more)
+
+    for name, edit in (('flags', build), ('own', made), ('around', lambda *args, **more: Around(build(*args, **more))),
+                       ('own around', lambda *args, **more: Around(made(*args, **more)))):
+        monkeypatch.setattr(methods, 'build_optimizer', edit)
+        call(monkeypatch, cifar, f'{flags} -c "{tmp_path}/{name}"')
+        assert read(tmp_path / name)['state_dict']['head.beta'].item() == pytest.approx(10 * 0.8 ** 10), name
+    monkeypatch.setattr(methods, 'build_optimizer', lambda *args, **more: Bare(made(*args, **more)))
+    with pytest.raises(UserError, match='^--method lsoftmax needs an optimizer that calls hooks .* and Bare '):
+        call(monkeypatch, cifar, f'{flags} -c {tmp_path}/bare')
 
 
 def test_a_test_of_the_run_between_two_steps_changes_nothing(monkeypatch, tmp_path):

@@ -695,6 +695,17 @@ def test_the_lab_opens_checkpoints(kept, runs, damaged, monkeypatch, tmp_path, c
     numbers = by_hand_on(checkpoint.weights_to_test(load(runs / 'tiny')), 'tiny', folder)
     assert f'| test loss {numbers.loss:.4f} top-1 {numbers.top1:.2f}%' in printed
 
+    shutil.copytree(runs / 'tiny', tmp_path / 'larger')
+    state = load(runs / 'tiny')
+    for change, sentence in (({'image_size': 40}, 'were trained on images of other sizes, so'),
+                             ({'data': str(folder)}, f'of .* and {folder}; give the --data to measure both on')):
+        torch.save({**state, 'args': {**state['args'], **change}}, tmp_path / 'larger/checkpoint.pth.tar')
+        with pytest.raises(UserError, match=sentence):
+            call(monkeypatch, measure_margins, f'{checkpoint_path} {tmp_path}/larger/checkpoint.pth.tar --margins')
+    call(monkeypatch, measure_margins, f'{checkpoint_path} {tmp_path}/larger/checkpoint.pth.tar --margins '
+                                       f'--data {folder} -o {tmp_path}')
+    capsys.readouterr()
+
     call(monkeypatch, measure_sharpness, f'{checkpoint_path} -o {tmp_path}/out --noise --draws 1 --mode train')
     assert re.search(r'42 train images', capsys.readouterr().out)
     call(monkeypatch, measure_margins, f'{checkpoint_path} -o {tmp_path}/out --all --images 5 --pgd-steps 1')

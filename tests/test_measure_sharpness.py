@@ -295,6 +295,7 @@ def test_each_is_measured_on_the_training_images_that_its_own_seed_drew(script, 
     monkeypatch.setattr(checkpoints, 'fingerprint', lambda batches: passes.append(1) or fingerprint(batches))
     first, second = images(['half', 'other_half'], '--mode test', 'test')
     assert first == second and first['mode'] == 'test' and len(passes) == 1
+    assert images(['half'], '--mode test --test-batch 5', 'fives') == [first]
 
 
 def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, monkeypatch, capsys, tmp_path):

@@ -60,7 +60,7 @@ def test_accuracy_beside_it(runs, monkeypatch, capsys):
     call(monkeypatch, compare, f'{runs} --metric top1 --measured "angular margin"')
     text = capsys.readouterr().out
     assert '82.50 +- 1.87' in text and '12.5 +- 1.871' in text
-    assert 'angular margin (mean over the images, where each image has one), as measured' in text
+    assert 'ngular margin: mean over the images, where each image has one, in degrees; ' in text
 
 
 def test_numbers_of_measure_sharpness(tmp_path, monkeypatch, capsys):

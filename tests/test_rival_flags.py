@@ -417,9 +417,12 @@ def test_logits_are_adjusted_post_hoc_for_any_checkpoint(monkeypatch, tmp_path, 
     capsys.readouterr()
     call(monkeypatch, evaluate, f'{path} --logit-adjust 1')
     printed = capsys.readouterr().out
-    assert f'{path}, of epoch 2 | logit adjustment 1 | test loss' in printed
+    call(monkeypatch, evaluate, f'{path} --images 20 -d digits --precision fp32')
+    assert f'{path}, of epoch 2 | logit adjust 1 | test loss' in printed
+    assert f'{path}, of epoch 2 | dataset digits | images 20 | precision fp32 | test' in capsys.readouterr().out
     assert {file.name for file in tmp_path.glob('checkpoint-*')} == {
-        f'checkpoint-test-logit-adjust-1-confusion.{kind}' for kind in ('csv', 'png')}  # not the network's own
+        f'checkpoint-test-{how}-confusion.{kind}' for kind in ('csv', 'png')
+        for how in ('logit-adjust-1', 'dataset-digits-images-20-precision-fp32')}  # not the network's own
 
     state = checkpoint.read(str(path))
     model = models.build('lenet', 10)

@@ -307,8 +307,8 @@ def call(monkeypatch, flags):
 
 
 @pytest.mark.parametrize('regime, flags, sentence', [
-    ({0: {'optimizer': 'SGD'}, 2: {'optimizer': 'Adam'}}, '', 'asks for the optimizer SGD and then Adam, and a run '
-                                                              'has one of SGD'),
+    ({0: {'optimizer': 'SGD'}, 2: {'optimizer': 'Adam'}}, '',
+     'asks for the optimizer SGD and then Adam, and a run has one of SGD'),
     ({2: {'optimizer': 'RMSprop'}}, '', 'asks for the optimizer SGD and then RMSprop'),
     ({0: {'optimizer': 'LBFGS'}}, '', 'asks for the optimizer LBFGS, and a run has one of SGD, RMSprop, Adam, AdamW'),
     ({0: {'optimizer': 'adam'}}, '', 'choose it with --optimizer'),

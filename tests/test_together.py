@@ -365,8 +365,8 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method lsoftmax --margin 1000000000', '--margin must be at most 1000, was given 1000000000'),
     ('--method lsoftmax --beta -1', 'beta and its floor must be'),
     ('--method large_margin --large-margin-coef -1', '--large-margin-coef must be a number of at least 0'),
-    ('--mini-batch 50', '--mini-batch 50 does not divide --train-batch, which is '
-                        '128'), ('--mini-batch 256', 'does not divide'), ('--mini-batch 0', 'of at least 1'),
+    ('--mini-batch 50', '--mini-batch 50 does not divide --train-batch, which is 128'),
+    ('--mini-batch 256', 'does not divide'), ('--mini-batch 0', 'of at least 1'),
     ('-d digits --batch-multiplier 12', '--train-batch 128 times --batch-multiplier 12 is larger than the training '
                                         'set of 1437'),
     ('--method large_margin --large-margin-layers layer7', "there is no layer 'layer7' in this network, which has "
@@ -379,8 +379,7 @@ def test_the_originals_spellings(flags, expected, monkeypatch):
     ('--method amp --inner-iter 0 --epsilon 1', '--epsilon does nothing with --inner-iter 0'),
     ('--method lsoftmax --beta 3 --beta-min 5', '--beta 3 does nothing below --beta-min 5'),
     ('--method lsoftmax --margin 1 --beta 5', '--beta does nothing with --margin 1'),
-    ('--method smoothout --smoothing-type anneal --anneal-index nan', '--anneal-index: must be a number, was given nan'
-     ),
+    ('--method smoothout --smoothing-type anneal --anneal-index nan', 'anneal-index: must be a number, was given nan'),
     ('--method large_margin --cross-entropy-weight -1', '--cross-entropy-weight must be'),
     ('-d digits --method large_margin hinge --cross-entropy-weight 1', '--cross-entropy-weight 1 does nothing with '
                                                                        '--method hinge'),

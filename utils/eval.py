@@ -75,6 +75,9 @@ def metrics_line(part, values):
                                  for name, value in values.items())
 
 
+TWICE = 'meter.update is for each batch once, and the loop has called it again for the same'
+
+
 class Meter:
     """Mean loss and top-1 accuracy over the batches of one pass; top-5 too where there are more than five classes.
 
@@ -94,6 +97,8 @@ class Meter:
         outputs: what the model returned. targets: (batch,), or (batch, classes) of which the largest counts. loss: the
         mean over the batch, a scalar tensor.
         """
+        if len(self.sizes) == len(self.losses):
+            raise UserError(TWICE)
         if len(targets):
             logits = logits_of(outputs).detach()
             targets = targets.argmax(dim=1) if targets.dim() == 2 else targets
@@ -102,6 +107,12 @@ class Meter:
             among_five = (logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]).any(dim=1)
             self.correct += torch.stack((first.sum(), (first | among_five).sum()))
         self.sizes.append(len(targets))
+
+    def end_batch(self, index):
+        """Batch `index`, from 0, is over: it has no images if `update` was not called. UserError if it was twice."""
+        if len(self.sizes) > index + 1:
+            raise UserError(TWICE)
+        self.sizes += [0] * (index + 1 - len(self.sizes))
 
     def of_all_processes(self):
         """A Meter of the images of all processes, each batch as a whole."""
@@ -136,7 +147,7 @@ class Meter:
         """`read` over all processes. UserError if none of the images of `part`, 'train' or 'test', could be read."""
         whole = self.of_all_processes()
         if not sum(whole.sizes):
-            raise UserError(f'none of the images to {part} on can be read')
+            raise UserError(f'none of the images to {part} on can be read, or the loop leaves out meter.update')
         return whole.read()
 
     def __str__(self):

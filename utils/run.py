@@ -54,6 +54,7 @@ class Run:
         self.args, self.state, self.model, self.optimizer, self.batches = args, state, model, optimizer, batches
         self.selection = 'val' if 'val' in batches else 'test'
         self.steps_per_epoch = len(batches['train'])
+        methods.tell_after_steps(args, model, optimizer)
         self.average = average_of_weights(args, state, model, optimizer)
         self.pixels = Pixels(batches['train'].mean, batches['train'].std) if args.adversarial else None
         compiled = torch.compile(model) if args.compile else model
@@ -168,6 +169,7 @@ class Run:
                     self.step = epoch * self.steps_per_epoch + index
                     self.steps_made += 1
                     yield self.step, Batch(images, targets, batches.images_in(index))
+                    self.meter.end_batch(index)
                     self._keep_rate(epoch)
                     self.seconds, done = time.perf_counter() - began, index + 1
                     if self.bar.advance(self.meter, data_seconds):

@@ -20,6 +20,7 @@ SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}
 SMOOTHOUT_NAMES = {'cifar10_shallow': 'shallow', 'cifar100_shallow': 'shallow', 'mnist_f1': 'mlp'}
 
 KEPT = 4  # gigabytes of images, in memory
+SUMMED = 500  # images that are summed up before their labels are
 
 
 class Subject(NamedTuple):
@@ -146,9 +147,23 @@ def check_alike(subjects):
         if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
             raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be '
                             'compared')
+        if len(set(map(_sizes, (first, other)))) > 1:
+            raise UserError(f'{first.path} and {other.path} were trained on images of other sizes, so they cannot be '
+                            'compared')
+        if first.script.__name__ == 'imagenet' and len({os.path.realpath(one.args.data) for one in (first, other)}) > 1:
+            raise UserError(f'{first.path} and {other.path} were trained on images of {first.args.data} and '
+                            f'{other.args.data}; give the --data to measure both on')
         if any(image_batches.input_transform(one.args, one.model) for one in (first, other)):
             raise UserError('a network that transforms its images itself cannot be compared with another; give '
                             '--no-augment')
+
+
+def _sizes(subject):
+    """How the images to test are cut, as text."""
+    if hasattr(subject.script, 'preset'):
+        return str({name: value for name, value in subject.script.preset(subject.args).items()
+                    if name not in ('mean', 'std')})
+    return str(getattr(subject.args, 'image_size', None))
 
 
 def images_of(subject, part, args):
@@ -223,11 +238,19 @@ class Replayed:
 
 
 def fingerprint(batches):
-    """A number that tells these images and labels, in this order, from others."""
-    number = 0
+    """A number that tells these images and labels, in this order, from others, whatever the size of the batches."""
+    number, held = 0, None
     for inputs, targets in batches:
-        for part in (inputs.permute(0, 2, 3, 1).contiguous(), targets):
-            number = zlib.crc32(part.cpu().numpy(), number)
+        batch = inputs.permute(0, 2, 3, 1).cpu(), targets.cpu()
+        held = batch if held is None else [torch.cat(both) for both in zip(held, batch)]
+        while len(held[1]) > SUMMED:
+            number, held = _add(number, [part[:SUMMED] for part in held]), [part[SUMMED:] for part in held]
+    return number if held is None else _add(number, held)
+
+
+def _add(number, parts):
+    for part in parts:
+        number = zlib.crc32(part.contiguous().numpy(), number)
     return number
 
 

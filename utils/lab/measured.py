@@ -22,9 +22,24 @@ def files_of(chosen):
     return MEASURED[BEST if chosen else LAST]
 
 
+# The end of a name -> what it is, for a line below a table.
+MEANINGS = {'box': 'the highest loss in a box around the weights, found by L-BFGS, as a rise in percent of 1 + loss',
+            'box corners': 'the same, found by steps from corner to corner',
+            'ball': 'the highest rise of the loss found in balls around the weights',
+            'noise': 'the mean rise of the loss under noise on the weights',
+            'trace': 'of the Hessian of the loss', 'largest eigenvalue': 'of the Hessian of the loss',
+            'loss': 'mean cross-entropy of the network in evaluation'}
+# Part of a name -> the unit of what each image has.
+UNITS = {'angle': 'degrees', 'angular': 'degrees', 'distance': 'normalised pixels, or units of the layer',
+         'upper bound': 'normalised pixels'}
+
+
 def of_measured(name, statistic):
-    return Metric(name, f'{name} ({statistic} over the images, where each image has one), as measured', 'higher',
-                  'lower', form='.4g')
+    meaning = next((meaning for end, meaning in MEANINGS.items() if name.endswith(end)), None)
+    if meaning is None:
+        units = [unit for part, unit in UNITS.items() if part in name]
+        meaning = ', in '.join([f'{statistic} over the images, where each image has one', *units[:1]])
+    return Metric(name, f'{name}: {meaning}', 'higher', 'lower', form='.4g')
 
 
 def add_measured(runs, names, statistic):

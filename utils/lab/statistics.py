@@ -2,9 +2,13 @@
 
 Two groups of runs are compared by Welch's interval. Runs of the same seed share their training images, initial weights
 and order of batches, so their differences are compared too, which is the sharper test where the seed draws the images:
-by a BCa bootstrap interval (Efron, JASA 1987) and an exact sign-flip test, which assumes only that a difference is as
-likely to be negative as positive if the method does nothing. Holm's correction (Scandinavian Journal of Statistics
-1979) keeps the chance of any false claim about a metric in a table at 5%.
+by a BCa bootstrap interval (Efron, JASA 1987) and an exact sign-flip test, which assumes that the differences are
+independent and symmetric about 0 if the method does nothing. Holm's correction (Scandinavian Journal of Statistics
+1979) keeps the chance of any false claim about a metric at 5% in a table, and in a grid in each of its rows.
+
+For few pairs the BCa interval is short: of 2000 draws from a normal distribution the nominal 95% covered the mean in
+0.88 with 8 pairs, 0.89 with 9, 0.92 with 10 and 0.93 with 16, Student's interval in 0.95 to 0.96. So a verdict needs
+the test too.
 """
 import statistics
 import warnings
