@@ -292,8 +292,11 @@ def head(args):
                              f'{args.beta_schedule}')
     if 'beta' in args.given and args.beta == 0 and (unused := set().union(*BETA_FLAGS.values()) & args.given):
         raise ValueError(f'{_spelled(unused)} does nothing with --beta 0, which stays 0')
-    if 'beta' in args.given and 0 <= args.beta < args.beta_min:
-        raise ValueError(f'--beta {args.beta:g} does nothing below --beta-min {args.beta_min:g}')
+    first = FIRST_BETA[args.beta_schedule] if args.beta is None else args.beta
+    falls = set().union(*BETA_FLAGS.values(), {'beta'}) & args.given
+    if falls and 0 <= first < args.beta_min:
+        raise ValueError(f'{_spelled(falls)} does nothing, as beta begins at {first:g}, below --beta-min '
+                         f'{args.beta_min:g}')
     gamma, power = (0.6, 45.0) if args.margin == 2 else (0.75, 35.0)  # the authors' configurations
     return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,
                              beta_min=args.beta_min, beta_schedule=args.beta_schedule,

@@ -1,8 +1,9 @@
 """How imagenet.py scales: images per second of several processes over those of one, as ratios measured alternately.
 
     python benchmarks/processes.py                       ResNet-18 at 64 pixels, one and two processes, about ten
-    minutes on two cores python benchmarks/processes.py --processes 8 --image-size 224 --arch resnet50 --batch 512
-    --images 20000 -- --precision bf16
+                                                         minutes on two cores
+    python benchmarks/processes.py --processes 8 --image-size 224 --arch resnet50 --batch 512 --images 20000 -- \\
+        --precision bf16
 
 Each run trains one epoch on generated JPEG files of that size. Every process has one thread and one that
 reads images; on CUDA, a device and --workers that read. The seconds are those of the training alone, as log.txt has

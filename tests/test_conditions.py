@@ -207,6 +207,10 @@ def test_a_fraction_is_fixed_by_the_seed_and_every_image_has_a_chance():
 def test_label_noise_changes_exactly_its_share_of_the_labels(counts, fraction, seed):
     split = split_of(counts)
     before = split.labels.clone()
+    if not round(fraction * len(before)):
+        with pytest.raises(UserError, match=f'--label-noise {fraction} is of {len(before)} images less than one'):
+            conditions.with_label_noise(split, fraction, seed)
+        return
     noisy = conditions.with_label_noise(split, fraction, seed)
     wrong = sum(label != original for label, original in zip(noisy.labels.tolist(), before.tolist()))
     assert wrong == round(fraction * len(before)) and all(0 <= label < len(counts) for label in noisy.labels.tolist())

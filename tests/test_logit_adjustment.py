@@ -108,12 +108,16 @@ def test_gradcheck_and_torch_func():
     close(torch.func.grad(loss)(logits), torch.autograd.grad(loss(x), x)[0], 1e-12)
 
 
-def test_equal_counts_change_nothing():
+def test_equal_counts_change_nothing(capsys):
     logits, targets, _ = random_data(1)
     logits, targets = torch.tensor(logits), torch.tensor(targets)
     expected = F.cross_entropy(logits, targets).item()
     assert logit_adjusted_loss(logits, targets, [7] * 5).item() == pytest.approx(expected)
     assert torch.equal(adjusted(logits, [7] * 5).argmax(dim=1), logits.argmax(dim=1))
+    term_for([7] * 5, classes=5)
+    assert 'changes nothing here: every class has 7 training images' in capsys.readouterr().out
+    term_for([7, 7, 7, 7, 6], classes=5)
+    assert capsys.readouterr().out == ''
 
 
 def test_float32_at_least_also_under_autocast():

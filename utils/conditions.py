@@ -90,8 +90,9 @@ def imbalanced_sizes(kind, factor, num_classes, images):
     """Images of each class in a long-tailed set made of `images` balanced ones (Cao et al., arXiv 1906.07413, as their
     code).
 
-    exp   int(n_max factor^(c / (C - 1))) of class c, where C = num_classes and n_max = images / C step  int(n_max) of
-    the first half of the classes, int(n_max factor) of the others; of an odd C the larger half are those
+    exp   int(n_max factor^(c / (C - 1))) of class c, where C = num_classes and n_max = images / C
+    step  int(n_max) of the first half of the classes, int(n_max factor) of the others; of an odd C the larger half are
+          those
     """
     largest = images / num_classes
     if kind == 'exp':
@@ -130,14 +131,16 @@ def with_label_noise(split, fraction, seed):
     """Symmetric noise: round(fraction * N) of the N images get another label, each of the others with the same
     probability.
 
-    Raises UserError if there is only one class.
+    Raises UserError if there is only one class, or no image gets another label.
     """
-    classes = len(split.classes)
+    classes, images = len(split.classes), len(split.labels)
     if classes < 2:
         raise UserError(f'--label-noise {fraction} needs another class to take a wrong label from, and there is only '
                         'one class')
+    if fraction and images and not round(fraction * images):
+        raise UserError(f'--label-noise {fraction} is of {images} images less than one, which changes no label')
     generator = np.random.default_rng((seed, 2))
-    wrong = generator.permutation(len(split.labels))[:round(fraction * len(split.labels))]
+    wrong = generator.permutation(images)[:round(fraction * images)]
     labels = split.labels.clone()
     labels[wrong] = (labels[wrong] + torch.from_numpy(generator.integers(1, classes, len(wrong)))) % classes
     return split._replace(labels=labels)

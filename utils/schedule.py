@@ -239,7 +239,7 @@ def learning_rate(step, steps_per_epoch, args, highest=None):
     onecycle  up from highest / 25 to `highest`, then down to highest / 250,000, both along half a cosine
               (Smith and Topin, arXiv 1708.07120, as torch.optim.lr_scheduler.OneCycleLR, with constant momentum)
     regime    as the regime of the model says for the epoch, in proportion to `highest`, which is its first rate by
-    default
+              default
 
     The first args.warmup epochs climb linearly to the rate that follows, for linear from args.lr_start times it; for
     onecycle they are the way up.
