@@ -27,8 +27,8 @@ from utils.lab import as_run, checkpoints
 from utils.lab.attack import Attack
 from utils.script import run_script
 
-TESTED_HOW = ('dataset', 'data', 'images', 'seed', 'no_augment', 'precision', 'tta', 'logit_adjust')
-OF_THE_RUN = ('mode', 'images', 'no_augment', 'dataset', 'data', 'precision', 'ss', 'attack')  # not with --as-run
+ON_OTHERS = ('dataset', 'data', 'images', 'no_augment', 'precision')  # of other images, or otherwise
+OF_THE_RUN = ('mode', *ON_OTHERS, 'ss', 'attack')  # not with --as-run
 NEEDING = {'ss': ('draws', 'noise_type', 'adapt_type', 'perturb_batch_norm'), 'attack': ('attack_eps', 'attack_steps')}
 
 
@@ -112,7 +112,8 @@ def main():
 
 def tested_how(args):
     """Flag -> value, of those that make the test another than the run's, for its line and the names of its files."""
-    given = {name.replace('_', '-'): getattr(args, name) for name in TESTED_HOW if name in args.given}
+    names = [name for name in (*ON_OTHERS, 'seed', 'tta', 'logit_adjust') if name in args.given]
+    given = {name.replace('_', '-'): getattr(args, name) for name in names}
     return {name: '' if value is True else f'{value:g}' if isinstance(value, float) else os.path.basename(str(value))
             for name, value in given.items()}
 

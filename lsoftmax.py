@@ -283,19 +283,19 @@ def head(args):
     """`args` -> (in_features, num_classes) -> module."""
     if args.margin > 1000:  # a pass computes as many terms, and the paper has at most 4
         raise ValueError(f'--margin must be at most 1000, was given {args.margin}')
-    unused = {'beta', 'beta_min', 'beta_schedule'}.union(*BETA_FLAGS.values()) & args.given
+    falls = set().union(*BETA_FLAGS.values()) & args.given
+    unused = falls | {'beta', 'beta_min', 'beta_schedule'} & args.given
     if args.margin == 1 and unused:
         raise ValueError(f'{_spelled(unused)} does nothing with --margin 1, which is plain softmax')
     for schedule, flags in BETA_FLAGS.items():
         if flags & args.given and schedule != args.beta_schedule:
             raise ValueError(f'{_spelled(flags & args.given)} belongs to --beta-schedule {schedule}, not '
                              f'{args.beta_schedule}')
-    if 'beta' in args.given and args.beta == 0 and (unused := set().union(*BETA_FLAGS.values()) & args.given):
-        raise ValueError(f'{_spelled(unused)} does nothing with --beta 0, which stays 0')
+    if 'beta' in args.given and args.beta == 0 and falls:
+        raise ValueError(f'{_spelled(falls)} does nothing with --beta 0, which stays 0')
     first = FIRST_BETA[args.beta_schedule] if args.beta is None else args.beta
-    falls = set().union(*BETA_FLAGS.values(), {'beta'}) & args.given
-    if falls and 0 <= first < args.beta_min:
-        raise ValueError(f'{_spelled(falls)} does nothing, as beta begins at {first:g}, below --beta-min '
+    if 0 <= first < args.beta_min and (unused := falls | {'beta'} & args.given):
+        raise ValueError(f'{_spelled(unused)} does nothing, as beta begins at {first:g}, below --beta-min '
                          f'{args.beta_min:g}')
     gamma, power = (0.6, 45.0) if args.margin == 2 else (0.75, 35.0)  # the authors' configurations
     return functools.partial(LSoftmaxLinear, margin=args.margin, beta=args.beta, beta_decay=args.beta_decay,

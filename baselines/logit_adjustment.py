@@ -81,7 +81,7 @@ def loss_term(args, model, class_counts):
     if len(values) != model.num_classes:
         raise ValueError(f'class_counts must have {model.num_classes} numbers, one for each class, '
                          f'was given {len(values)}')
-    if len(set(class_counts)) == 1 < class_counts[0]:
+    if len(set(class_counts)) == 1 < class_counts[0]:  # before the data are read, each has 1
         print(f'--method logit_adjustment changes nothing here: every class has {class_counts[0]} training images')
     # The copies on the device are kept, because each copy from the CPU waits for the device.
     place = functools.cache(values.to)

@@ -2,8 +2,7 @@
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils import checkpoint, distributed
-from utils.errors import UserError
+from utils import after_steps, checkpoint, distributed
 from utils.parts import ghost_batch
 
 
@@ -14,11 +13,8 @@ def average_of_weights(args, state, model, optimizer):
     if args.swa is not None:
         average = AveragedModel(model)
     elif args.ema:
-        if not hasattr(optimizer, 'register_step_post_hook'):
-            raise UserError('--ema needs an optimizer that calls hooks after a step, as torch.optim.Optimizer does, '
-                            f'and {type(optimizer).__name__} does not; derive it from that class and call its __init__')
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+        after_steps.register(optimizer, lambda: average.update_parameters(model), '--ema')
     else:
         return None
     average.eval()

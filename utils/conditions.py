@@ -137,7 +137,7 @@ def with_label_noise(split, fraction, seed):
     if classes < 2:
         raise UserError(f'--label-noise {fraction} needs another class to take a wrong label from, and there is only '
                         'one class')
-    if fraction and images and not round(fraction * images):
+    if images and not round(fraction * images):
         raise UserError(f'--label-noise {fraction} is of {images} images less than one, which changes no label')
     generator = np.random.default_rng((seed, 2))
     wrong = generator.permutation(images)[:round(fraction * images)]

@@ -51,16 +51,14 @@ the command line set; a ValueError from any of these functions ends the run with
 import argparse
 import copy
 import functools
-import gc
 import importlib
 import inspect
 import math
-import weakref
 
 import torch
 from torch import nn
 
-from utils import checkpoint, memory, strength
+from utils import after_steps, checkpoint, memory, strength
 from utils.activations import Activations
 from utils.criterion import Criterion
 from utils.errors import UserError, one_line
@@ -372,38 +370,8 @@ def build_optimizer(args, model, steps_per_epoch, parameters=None):
         options = {**options, 'base_optimizer': base}
     make = (wrapping or [base])[0]
     optimizer = make(parameter_groups(args, model) if parameters is None else parameters, **options)
-    for module in _told_after_steps(model):
-        _tell(module, optimizer)
+    after_steps.tell(optimizer, model.modules(), f'--method {" ".join(args.method)}')
     return optimizer
-
-
-def tell_after_steps(args, model, optimizer):
-    """Have an `optimizer` that the script made itself tell heads and loss terms with `after_step()` of its steps.
-
-    One of `build_optimizer` does so already, and tells them where it is inside of another too. UserError if this one
-    calls no hooks.
-    """
-    for module in _told_after_steps(model):
-        if _TELLS.get(module, lambda: None)() is not optimizer:
-            gc.collect()  # one that nothing holds any more
-        if _TELLS.get(module, lambda: None)() is None:
-            if not hasattr(optimizer, 'register_step_post_hook'):
-                raise UserError(f'--method {" ".join(args.method)} needs an optimizer that calls hooks after a step, '
-                                f'as torch.optim.Optimizer does, and {type(optimizer).__name__} does not; derive it '
-                                'from that class and call its __init__')
-            _tell(module, optimizer)
-
-
-_TELLS = weakref.WeakKeyDictionary()  # a module with after_step() -> a reference to the optimizer that calls it
-
-
-def _told_after_steps(model):
-    return [module for module in model.modules() if hasattr(module, 'after_step')]
-
-
-def _tell(module, optimizer):
-    optimizer.register_step_post_hook(lambda *_: module.after_step())
-    _TELLS[module] = weakref.ref(optimizer)
 
 
 def parameter_groups(args, model):

@@ -9,8 +9,8 @@ import time
 import torch
 
 from models.base import count_parameters
-from utils import checkpoint, device as devices, distributed, flags, folders, methods, metrics, output, resume
-from utils import schedule, strength
+from utils import after_steps, checkpoint, device as devices, distributed, flags, folders, methods, metrics, output
+from utils import resume, schedule, strength
 from utils.averages import average_of_weights, estimate_statistics
 from utils.bar import ProgressLine
 from utils.batches import reader_lost
@@ -54,7 +54,7 @@ class Run:
         self.args, self.state, self.model, self.optimizer, self.batches = args, state, model, optimizer, batches
         self.selection = 'val' if 'val' in batches else 'test'
         self.steps_per_epoch = len(batches['train'])
-        methods.tell_after_steps(args, model, optimizer)
+        after_steps.tell_if_none_does(optimizer, [*model.modules()], f'--method {" ".join(args.method)}')
         self.average = average_of_weights(args, state, model, optimizer)
         self.pixels = Pixels(batches['train'].mean, batches['train'].std) if args.adversarial else None
         compiled = torch.compile(model) if args.compile else model

@@ -20,7 +20,7 @@ SCRIPTS = {'cifar.py': 'cifar', 'imagenet.py': 'imagenet'}
 SMOOTHOUT_NAMES = {'cifar10_shallow': 'shallow', 'cifar100_shallow': 'shallow', 'mnist_f1': 'mlp'}
 
 KEPT = 4  # gigabytes of images, in memory
-SUMMED = 500  # images that are summed up before their labels are
+SUMMED = 500  # images in a row of a check sum, then their labels: --test-batch of cifar.py, as earlier files have it
 
 
 class Subject(NamedTuple):
@@ -147,10 +147,11 @@ def check_alike(subjects):
         if any(other.state[name] != first.state[name] for name in ('classes', 'mean', 'std')):
             raise UserError(f'{first.path} and {other.path} were trained on different images, so they cannot be '
                             'compared')
-        if len(set(map(_sizes, (first, other)))) > 1:
+        if _prepared(first) != _prepared(other):
             raise UserError(f'{first.path} and {other.path} were trained on images of other sizes, so they cannot be '
                             'compared')
-        if first.script.__name__ == 'imagenet' and len({os.path.realpath(one.args.data) for one in (first, other)}) > 1:
+        # Of images in files, mean and std are ImageNet's, whatever the folder.
+        if hasattr(first.script, 'preset') and os.path.realpath(first.args.data) != os.path.realpath(other.args.data):
             raise UserError(f'{first.path} and {other.path} were trained on images of {first.args.data} and '
                             f'{other.args.data}; give the --data to measure both on')
         if any(image_batches.input_transform(one.args, one.model) for one in (first, other)):
@@ -158,12 +159,9 @@ def check_alike(subjects):
                             '--no-augment')
 
 
-def _sizes(subject):
-    """How the images to test are cut, as text."""
-    if hasattr(subject.script, 'preset'):
-        return str({name: value for name, value in subject.script.preset(subject.args).items()
-                    if name not in ('mean', 'std')})
-    return str(getattr(subject.args, 'image_size', None))
+def _prepared(subject):
+    """How the images to test are prepared: `preset` of imagenet.py, the size of cifar.py."""
+    return subject.script.preset(subject.args) if hasattr(subject.script, 'preset') else subject.args.image_size
 
 
 def images_of(subject, part, args):
