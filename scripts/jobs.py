@@ -51,46 +51,41 @@ def at_once(commands):
     return cores() if all(map(is_small, commands)) else 1
 
 
-class Stop(BaseException):
-    """SIGINT or SIGTERM has come; its argument is the number."""
-
-
-def stop(signum, frame):
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise Stop(signum)
-
-
 class Jobs:
     """The runs of `commands`, each a list of words, `side_by_side` at a time."""
 
     def __init__(self, commands, side_by_side):
         self.waiting, self.side_by_side = list(commands), side_by_side
         self.running, self.done, self.failed = {}, 0, []  # running: a process -> its folder
-        self.ended = queue.SimpleQueue()  # of processes
+        self.news = queue.SimpleQueue()  # processes that have ended, and the numbers of signals that have come
         self.began = time.monotonic()
         self.environment = {'OMP_NUM_THREADS': str(max(1, cores() // side_by_side)), **os.environ}
 
     def run(self):
         """The exit status."""
-        try:
-            while self.waiting or self.running:
-                while self.waiting and len(self.running) < self.side_by_side:
-                    self.start(self.waiting.pop(0))
-                if not self.running:  # none could be started
-                    break
-                process = self.ended.get()  # waits for one
-                if process.returncode in STOPPED:
-                    return self.end(signal.SIGTERM, process.returncode)
-                folder, status = self.running.pop(process), process.returncode
-                told = f': {last_line(folder)}' if status and self.side_by_side > 1 else ''
-                self.count(folder, status and f'exit status {status}', told)
-        except Stop as stop:
-            # Ctrl-C has reached the runs as well, as they are of the same terminal.
-            return self.end(signal.SIGTERM if stop.args[0] == signal.SIGTERM else 0, 128 + stop.args[0])
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.stop)
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.side_by_side and self.news.empty():
+                self.start(self.waiting.pop(0))
+            if not self.running and self.news.empty():  # none could be started
+                break
+            process = self.news.get()  # waits for one
+            if isinstance(process, int):
+                return self.end(128 + process)
+            status = exit_status(process)
+            if status in STOPPED:
+                return self.end(status)
+            folder = self.running.pop(process)
+            told = f': {last_line(folder)}' if status and self.side_by_side > 1 else ''
+            self.count(folder, status and f'exit status {status}', told)
         if self.failed:
             print('\nfailed:', *self.failed, sep='\n', file=sys.stderr)
         return 1 if self.failed else 0
+
+    def stop(self, signum, frame):
+        """Only said here, and heeded by `run`: a run that is just being started would be none of `running`."""
+        self.news.put(signum)
 
     def start(self, words):
         folder = folder_of(words)
@@ -112,7 +107,7 @@ class Jobs:
 
     def wait(self, process):
         process.wait()
-        self.ended.put(process)
+        self.news.put(process)
 
     def count(self, folder, fault, told=''):
         """Count a run that has ended, and say how far all of them are. fault: why it failed, or nothing."""
@@ -126,16 +121,23 @@ class Jobs:
         remaining = f', about {duration(seconds / ended * left)} remain' if left else f' after {duration(seconds)}'
         print(f'{self.done} done, {len(self.failed)} failed, {left} left{remaining}', flush=True)
 
-    def end(self, signum, status):
-        """Stop the runs with a signal, if it is not 0, wait for them, and give the exit status."""
+    def end(self, status):
+        """Stop the runs, wait for them, and give the exit status. Ctrl-C has reached most of them already: to them a
+        second signal is nothing.
+        """
         for process in self.running:
-            if signum and process.poll() is None:
-                process.send_signal(signum)
+            if process.poll() is None:
+                process.terminate()
         for process, folder in self.running.items():
             process.wait()
             if self.side_by_side > 1:
                 print(f'stopped: {folder}', file=sys.stderr)
         return status
+
+
+def exit_status(process):
+    """As a shell gives it: 128 + signal of a process that a signal has ended."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def last_line(folder):
@@ -161,8 +163,6 @@ def main():
     for command in commands:
         if folder_of(command) is None:
             sys.exit(f'error: a command needs --checkpoint FOLDER, was given {shlex.join(command)}')
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
     sys.exit(Jobs(commands, int(words[0]) if words else at_once(commands)).run())
 
 

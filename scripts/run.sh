@@ -77,12 +77,11 @@ run_all() {  # the runs since it was last called; ends the script if they were s
         return
     fi
     # In the background, because bash handles SIGTERM only after a process in the foreground has ended; Ctrl-C still
-    # reaches the runs.
-    (trap - INT; exec "$PYTHON" scripts/jobs.py ${JOBS:+"$JOBS"} <<< "$commands") &
-    running=$!
-    trap 'wait $running; exit 130' INT
-    trap 'kill $running; wait $running; exit 143' TERM
-    wait $running
+    # reaches the runs. Signals are handled before there is a $!, as one may come just after it.
+    trap 'wait ${!:-}; exit 130' INT
+    trap 'kill ${!:-} 2> /dev/null && wait $!; exit 143' TERM
+    (trap - INT TERM; exec "$PYTHON" scripts/jobs.py ${JOBS:+"$JOBS"} <<< "$commands") &
+    wait $!
     local ended=$?
     trap - INT TERM
     [ $ended -le 1 ] || exit $ended

@@ -41,8 +41,8 @@ while [ "$1" != --checkpoint ]; do shift; done
 folder=$2
 case $folder in
     $FAILING) exit "$STATUS" ;;
-    $SLEEPING) trap 'kill $!; exit 143' TERM; trap 'kill $!; exit 130' INT
-       sleep 60 > /dev/null & : > "$RECORD.sleeping"; wait ;;
+    $SLEEPING) trap 'exit 143' TERM; trap 'exit 130' INT; : > "$RECORD.sleeping"
+       until [ -e "$RECORD.awake" ]; do sleep 0.1; done ;;
 esac
 mkdir -p "$folder" && : > "$folder/result.json"
 '''
@@ -297,6 +297,26 @@ def test_what_is_no_command_is_refused_and_what_cannot_be_started_has_failed(tmp
     assert all('not started: ' in line for line in failed) and 'Traceback' not in result.stderr
     result = jobs_script(f'{tmp_path}/nopython x --checkpoint {tmp_path}/b\n', '1')
     assert result.returncode == 1 and 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize('name, status', [('TERM', 143), ('INT', 130)])
+def test_a_run_that_is_just_being_started_is_stopped_too(name, status, tmp_path):
+    """The signal comes from the run itself, so before it is known to jobs.py as one that runs."""
+    slow = 'import subprocess, sys, time; sys.path.insert(0, "scripts"); import jobs; real = subprocess.Popen; ' \
+           'subprocess.Popen = lambda *a, **o: (real(*a, **o), time.sleep(0.3))[0]; sys.argv[1:] = ["1"]; jobs.main()'
+    command = f'sh -c "kill -{name} $PPID; sleep 5; touch {tmp_path}/lived" --checkpoint {tmp_path}/a\n'
+    result = subprocess.run([sys.executable, '-c', slow], input=command, cwd=ROOT, text=True, capture_output=True,
+                            timeout=60)  # and until nobody has its stdout any more
+    assert (result.returncode, result.stderr) == (status, '') and not (tmp_path / 'lived').exists()
+
+
+@pytest.mark.parametrize('signal_name, status', [('TERM', 143), ('KILL', None)])
+def test_a_run_that_a_signal_has_ended_has_the_status_of_a_shell(signal_name, status, tmp_path):
+    """A run that is stopped before it handles signals stops the others as one that handles them."""
+    result = jobs_script(f'sh -c "kill -{signal_name} $$" --checkpoint {tmp_path}/a\ntrue --checkpoint {tmp_path}/b\n',
+                         '1')
+    assert result.returncode == (status or 1)
+    assert ('(exit status 137)' in result.stderr) == (f'run: {tmp_path}/b' in result.stdout) == (status is None)
 
 
 def test_any_path_is_listed_as_it_is_in_the_c_locale(stage):
