@@ -79,8 +79,9 @@ def test_the_methods_benchmark_runs():
                *'--depth 8 --batch 8 --steps 4 --rounds 1 --classes 1000'.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r'^--method .* \d\.\d+  \(rounds', result.stdout,
-                          re.MULTILINE)) == 10 and ', ratio ' in result.stdout
+    # A step on a busy machine may take more than ten times as long as the one before it.
+    rows = re.findall(r'^--method .* \d+\.\d+  \(rounds', result.stdout, re.MULTILINE)
+    assert len(rows) == 10 and ', ratio ' in result.stdout
 
 
 def test_the_benchmark_runs():
