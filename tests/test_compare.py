@@ -193,6 +193,23 @@ def test_a_grid_is_drawn_blue_where_it_is_better(conditions, monkeypatch, flags,
     assert red < blue and worse_red > worse_blue and len(set(grey)) == 1
 
 
+def test_an_imbalance_seed_is_a_seed_and_pairs_are_of_the_same_images(table, monkeypatch, tmp_path):
+    """The eighth run of DMA has the first one's --manualSeed and images of its own, so it has no partner."""
+    for method, gain in ('', 0.0), ('--method dma', 1.0):
+        for seed in range(7 + (gain > 0)):
+            write_run(tmp_path / f'{method[9:]}{seed}', f'--imbalance exp --imbalance-seed {seed} {method}',
+                      seed=seed % 7, curve=(70.0 + seed + gain,))
+    rows, notes = table(tmp_path)
+    assert 'left out' not in notes and [row['n'] for row in rows.values()] == [7, 8]
+    dma = rows['--method dma']
+    assert dma['pairs'] == 7 and dma['paired difference mean'] == pytest.approx(1) and dma['verdict'] == 'better'
+    assert '--imbalance exp' in dma['all'] and '--imbalance-seed' not in dma['all']
+    for flag, spelling in ('--imbalance-seed', '--imbalance-seed'), ('--manual-seed', '--manualSeed'), ('-j', '--workers'):
+        with pytest.raises(UserError, match=f'--baseline names {spelling}, which tells no rows apart; it can be one '
+                                            r'of: \(none\); --method dma'):
+            call(monkeypatch, tmp_path, '--baseline', f'{flag} 1')
+
+
 def test_a_grid_tells_of_too_few_seeds_and_has_one_setting_in_a_cell(conditions, monkeypatch, capsys):
     for seed in range(1, 7):
         shutil.rmtree(conditions[1] / f'dma/seed{seed}')

@@ -47,7 +47,7 @@ FLAGS = {name: Meaning(*meaning) for name, *meaning in (
     ('val_split',        True,                NEVER,      False),
     ('imbalance',        True,                NEVER,      False),
     ('imbalance_factor', True,                NEVER,      False),
-    ('imbalance_seed',   True,                NEVER,      False),
+    ('imbalance_seed',   False,               NEVER,      False),  # a seed, as that of manualSeed below
     ('train_fraction',   True,                NEVER,      False),
     ('label_noise',      True,                NEVER,      False),
     # augmentation

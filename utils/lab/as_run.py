@@ -32,9 +32,8 @@ def read(subject, changed, folder):
                         f'{subject.path} is of epoch {subject.state["epoch"]}')
     if other := run_at(folder):
         raise UserError(f'--as-run {folder} cannot be used, as there is a run in {other}; name another folder')
-    trained_with = {**args, 'as given': subject.state['args'], 'seed': subject.state['args'].get('seed'),
-                    'optimizer class': subject.state.get('optimizer_class')}
-    if flags.setting(trained_with) != runs[0].setting or trained_with['seed'] != runs[0].seed:
+    trained_with = {**args, 'as given': subject.state['args'], 'optimizer class': subject.state.get('optimizer_class')}
+    if flags.setting(trained_with) != runs[0].setting or lab_runs.seeds_of(subject.state['args']) != runs[0].seed:
         raise UserError(f'--as-run needs the checkpoint of the run that is around it; {subject.path} is of other flags '
                         f'or another seed than {os.path.join(source, "args.json")}')
     args.pop('check sum', None)

@@ -5,6 +5,7 @@ import statistics as averages
 from typing import NamedTuple
 
 from utils.errors import UserError
+from utils.flags import meaning
 from utils.lab import statistics
 from utils.lab.runs import METRICS
 from utils.metrics import spread
@@ -80,6 +81,9 @@ def find_baselines(asked, settings, names, differing, flags):
         asked, fitting = '(none)' if asked == 'none' else asked, []  # as --grid says it
         if asked.startswith(('-', '(none)')):
             given, wanted = flags.read(asked.replace('(none)', ''))
+            if stray := [flags.spelling[name] for name in given if not meaning(name).result and name != 'coef']:
+                raise UserError(f'--baseline names {stray[0]}, which tells no rows apart; it can be one of: '
+                                f'{"; ".join(names)}')
             fitting = [own for own in settings if all(
                 own[0].setting.get(name, flags.defaults.get(name)) == wanted.get(name, flags.defaults.get(name))
                 for name in {*differing, *given})]

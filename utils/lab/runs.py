@@ -47,10 +47,23 @@ class Mixed(Exception):
     """What a run was trained with changed on the way."""
 
 
+class Seeds(NamedTuple):
+    """What a run draws from. Runs with the same share their images, initial weights and order of batches."""
+    manual: int
+    imbalance: int  # 0 without --imbalance
+
+    def __str__(self):
+        return f'{self.manual} with --imbalance-seed {self.imbalance}' if self.imbalance else str(self.manual)
+
+
+def seeds_of(args):
+    return Seeds(args.get('seed'), args.get('imbalance_seed') or 0)
+
+
 class Run(NamedTuple):
     folder: str
     setting: dict  # a flag's name -> its value, of the flags that tell settings apart
-    seed: int
+    seed: Seeds
     environment: dict  # each of ENVIRONMENT -> a word
     curve: dict  # tested epoch -> top-1 on the test set, or on the validation set if `chosen`
     chosen: bool  # by validation; otherwise the result is that of the last epoch
@@ -227,7 +240,9 @@ def read_run(folder, flags):
     chosen, best_epoch = result['chosen by'] == 'validation', int(number(result['best'], 'epoch'))
     values['train'] = trained(lines, best_epoch if chosen else done)
     environment = args.get('environment') or {}  # which runs of before it was written do not have
-    return Run(folder, setting, number(args, 'seed', file='args.json'),
+    for name, seed in seeds_of(args)._asdict().items():
+        number({name: seed}, name, file='args.json')
+    return Run(folder, setting, seeds_of(args),
                {key: str(environment.get(key) or 'unknown') for key in ENVIRONMENT}, curve,
                chosen, values, number(result['best'], 'top1', 100), best_epoch, int(number(result, 'parameters')),
                number(result, 'seconds per epoch'),
