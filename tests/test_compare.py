@@ -204,7 +204,8 @@ def test_an_imbalance_seed_is_a_seed_and_pairs_are_of_the_same_images(table, mon
     dma = rows['--method dma']
     assert dma['pairs'] == 7 and dma['paired difference mean'] == pytest.approx(1) and dma['verdict'] == 'better'
     assert '--imbalance exp' in dma['all'] and '--imbalance-seed' not in dma['all']
-    for flag, spelling in ('--imbalance-seed', '--imbalance-seed'), ('--manual-seed', '--manualSeed'), ('-j', '--workers'):
+    for flag, spelling in (('--imbalance-seed', '--imbalance-seed'), ('--manual-seed', '--manualSeed'),
+                           ('-j', '--workers')):
         with pytest.raises(UserError, match=f'--baseline names {spelling}, which tells no rows apart; it can be one '
                                             r'of: \(none\); --method dma'):
             call(monkeypatch, tmp_path, '--baseline', f'{flag} 1')

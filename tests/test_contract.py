@@ -342,6 +342,28 @@ def test_flags_win_over_the_checkpoint_but_what_an_optimizer_counts_is_resumed()
     assert other.param_groups[0]['weight_decay'] == 0.2 and other.param_groups[0]['made_with']['lr'] == 1e-4
 
 
+def test_options_that_an_optimizer_changes_in_place_are_resumed():
+    """A list, a dict, tensors, and what is None until the first step."""
+    def made():
+        group = {'params': [nn.Parameter(torch.ones(2))], 'history': [], 'count': {'n': 0}, 'moved': torch.zeros(()),
+                 'each': torch.zeros(2), 'scale': None}
+        optimizer = torch.optim.SGD([group], lr=0.1)
+        schedule.made_with(optimizer.param_groups[0])
+        return optimizer
+
+    first, resumed = made(), made()
+    group = first.param_groups[0]
+    group['history'].append(0.5)
+    group['count']['n'] += 1
+    group['moved'] += 2
+    group['each'] += 3
+    group['scale'] = 4.0
+    checkpoint.load_optimizer(resumed, {'optimizer': first.state_dict(), 'optimizer_class': 'SGD'}, 'x')
+    held = resumed.param_groups[0]
+    assert (held['history'], held['count'], held['moved'], held['scale']) == ([0.5], {'n': 1}, 2, 4.0)
+    assert held['each'].tolist() == [3, 3] and held['made_with']['history'] == [] and held['made_with']['moved'] == 0
+
+
 # Loss terms with parameters
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def extended(tmp_path_factory):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*unused))
     (copy / 'confidence.py').write_text(fence('# confidence.py'))
     listed = copy / 'utils/methods.py'
-    listed.write_text(listed.read_text().replace("    'large_margin',\n)", "    'large_margin',\n    'confidence',\n)"))
+    listed.write_text(listed.read_text().replace("\n) + (", "\n    'confidence',\n) + (", 1))  # after the reader's own
     (copy / 'models/cifar/tiny.py').write_text(fence('# models/cifar/tiny.py'))
     models = copy / 'models/cifar/__init__.py'
     models.write_text(models.read_text().replace("MODELS = {\n", "MODELS = {\n    'tiny': Tiny,\n").replace(

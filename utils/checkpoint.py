@@ -1,6 +1,7 @@
 """Checkpoints: plain tensors, numbers, strings, lists and dicts, written whole or not at all, read without running
 code.
 """
+import copy
 import os
 import random
 import warnings
@@ -187,13 +188,26 @@ def load_optimizer(optimizer, state, path):
         optimizer.load_state_dict(state['optimizer'])
         for group, made in zip(optimizer.param_groups, made_now):
             made_then = group.get('made_with', {})
-            group.update({name: value for name, value in made.items()
-                          if name not in made_then or made_then[name] != value})
+            group.update({name: copy.deepcopy(value) for name, value in made.items()
+                          if name not in made_then or not _alike(made_then[name], value)})
             group['made_with'] = made
             _check_group(group, optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f'the optimizer state in {path} is of another optimizer or network '
                         f'({one_line(error)[:200]})') from error
+
+
+def _alike(first, second):
+    """Whether two options of an optimizer are equal: numbers, words, tensors, lists and dicts of them."""
+    if type(first) is not type(second):
+        return not torch.is_tensor(first) and not torch.is_tensor(second) and first == second
+    if torch.is_tensor(first):
+        return first.shape == second.shape and bool((first == second.to(first.device)).all())
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_alike(first[name], second[name]) for name in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_alike, first, second))
+    return first == second
 
 
 # What these optimizers always keep for a parameter; SGD makes its momentum where there is none, RMSprop does not.
@@ -206,7 +220,8 @@ def _check_group(group, optimizer):
     """
     for name, made in group['made_with'].items():
         numbers = all(isinstance(value, (int, float)) for value in (made, group[name]))
-        if type(group[name]) is not type(made) and not numbers:
+        set_later = made is None and isinstance(group[name], (int, float, torch.Tensor))
+        if type(group[name]) is not type(made) and not numbers and not set_later:
             raise ValueError(f'{name} is {group[name]}')
     base = getattr(optimizer, 'base_optimizer', optimizer)
     if type(base) not in KEPT:

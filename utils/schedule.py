@@ -1,5 +1,6 @@
 """The optimizer's options as a pure function of the position in training: nothing to save, nothing to lose."""
 import bisect
+import copy
 import functools
 import inspect
 import math
@@ -221,7 +222,9 @@ def reset(optimizer, names):
 
 def made_with(group):
     """The options that a parameter group was made with, kept in the group itself when they are first asked for."""
-    return group.setdefault('made_with', {name: value for name, value in group.items() if name != 'params'})
+    if 'made_with' not in group:  # copies, as an optimizer may change a list or a tensor of its options in place
+        group['made_with'] = {name: copy.deepcopy(value) for name, value in group.items() if name != 'params'}
+    return group['made_with']
 
 
 def group_rate(group, step, steps_per_epoch, args):
