@@ -342,6 +342,17 @@ def test_flags_win_over_the_checkpoint_but_what_an_optimizer_counts_is_resumed()
     assert other.param_groups[0]['weight_decay'] == 0.2 and other.param_groups[0]['made_with']['lr'] == 1e-4
 
 
+def test_an_optimizer_of_a_method_that_wraps_none_is_not_given_one(monkeypatch, tmp_path, capsys):
+    """--optimizer is refused in one sentence beside a method whose `optimizer` is a class such as SGD."""
+    own = types.ModuleType('own', 'Own.')
+    own.optimizer = lambda args: torch.optim.SGD
+    monkeypatch.setitem(methods.METHODS, 'own', own)
+    with pytest.raises(SystemExit, match='2'):
+        call(monkeypatch, cifar, f'-d digits -a lenet --epochs 1 --method own --optimizer AdamW --wd 0 -c {tmp_path}/a')
+    assert capsys.readouterr().err.endswith('error: the optimizer of --method own has no base_optimizer, so it cannot '
+                                            'have --optimizer AdamW inside of it; leave out one of the two\n')
+
+
 def test_options_that_an_optimizer_changes_in_place_are_resumed():
     """A list, a dict, tensors, and what is None until the first step."""
     def made():

@@ -212,6 +212,35 @@ def test_what_python_and_numpy_draw_in_the_loop_is_seeded_and_goes_on_after_a_re
     checkpoint.set_random_state({name: state[name] for name in ('cpu', 'cuda')})  # of an earlier version
 
 
+def test_a_scheduler_of_torch_goes_on_after_a_resume_as_readme_keeps_it(monkeypatch, tmp_path):
+    """In the middle of an epoch, with one that goes by the number of the epoch alone."""
+    epochs, end_epoch, held = cifar.Run.epochs, cifar.Run.end_epoch, {}
+
+    def begun(run):
+        scheduler = held['scheduler'] = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda epoch: 1 / (1 + epoch))
+        if 'scheduler' in run.state:
+            scheduler.load_state_dict(run.state['scheduler'])
+            for group, rate in zip(run.optimizer.param_groups, scheduler.get_last_lr()):
+                group['lr'] = rate
+        yield from epochs(run)
+
+    def ended(run, *words):
+        held['scheduler'].step()
+        run.state['scheduler'] = held['scheduler'].state_dict()
+        end_epoch(run, *words)
+
+    monkeypatch.setattr(cifar.schedule, 'apply', lambda *words: None)
+    monkeypatch.setattr(cifar.Run, 'epochs', begun)
+    monkeypatch.setattr(cifar.Run, 'end_epoch', ended)
+    call(monkeypatch, cifar, f'{RUN} --epochs 3 -c {tmp_path}/whole')
+    broken_off(monkeypatch, f'{RUN} --epochs 3 -c {tmp_path}/parts', epoch=2)
+    call(monkeypatch, cifar, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
+    rates = [read_log(tmp_path / name / 'log.txt')['Learning Rate'] for name in ('whole', 'parts')]
+    assert rates[0] == rates[1] == pytest.approx([0.02, 0.01, 0.02 / 3], rel=1e-4)
+    whole, parts = (read(tmp_path / name)['state_dict'] for name in ('whole', 'parts'))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 @pytest.mark.parametrize('part', ['strength', 'begins', 'first_values', 'by_position'])
 def test_a_methods_value_error_is_a_sentence_whatever_was_asked(part, monkeypatch, tmp_path):
     def refuse(args):

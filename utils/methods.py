@@ -366,9 +366,13 @@ def build_optimizer(args, model, steps_per_epoch, parameters=None):
     for name in sorted(set().union(*args.regime.values()) - set(inspect.signature(base).parameters)):
         raise ValueError(f'the regime of --arch {args.arch} sets {name}, which {args.optimizer} does not have')
     wrapping = _chosen(args, 'optimizer', model, steps_per_epoch)
-    if wrapping and base is not torch.optim.SGD:
-        options = {**options, 'base_optimizer': base}
     make = (wrapping or [base])[0]
+    if wrapping and base is not torch.optim.SGD:
+        taken = inspect.signature(make).parameters
+        if 'base_optimizer' not in taken and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+            raise ValueError(f'the optimizer of --method {" ".join(args.method)} has no base_optimizer, so it cannot '
+                             f'have --optimizer {args.optimizer} inside of it; leave out one of the two')
+        options = {**options, 'base_optimizer': base}
     optimizer = make(parameter_groups(args, model) if parameters is None else parameters, **options)
     after_steps.tell(optimizer, model.modules(), f'--method {" ".join(args.method)}')
     return optimizer
