@@ -70,7 +70,7 @@ class Jobs:
                 self.start(self.waiting.pop(0))
             if not self.running and self.news.empty():  # none could be started
                 break
-            process = self.news.get()  # waits for one
+            process = self.news.get()  # waits for one, or for a signal
             if isinstance(process, int):
                 return self.end(128 + process)
             status = exit_status(process)

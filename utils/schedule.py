@@ -223,7 +223,7 @@ def reset(optimizer, names):
 def made_with(group):
     """The options that a parameter group was made with, kept in the group itself when they are first asked for."""
     if 'made_with' not in group:  # copies, as an optimizer may change a list or a tensor of its options in place
-        group['made_with'] = {name: copy.deepcopy(value) for name, value in group.items() if name != 'params'}
+        group['made_with'] = copy.deepcopy({name: value for name, value in group.items() if name != 'params'})
     return group['made_with']
 
 

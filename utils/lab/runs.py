@@ -49,11 +49,12 @@ class Mixed(Exception):
 
 class Seeds(NamedTuple):
     """What a run draws from. Runs with the same share their images, initial weights and order of batches."""
-    manual: int
-    imbalance: int  # 0 without --imbalance
+    seed: int
+    imbalance_seed: int  # 0 without --imbalance
 
     def __str__(self):
-        return f'{self.manual} with --imbalance-seed {self.imbalance}' if self.imbalance else str(self.manual)
+        drawn = f' with --imbalance-seed {self.imbalance_seed}' if self.imbalance_seed else ''
+        return f'{self.seed}{drawn}'
 
 
 def seeds_of(args):
