@@ -71,6 +71,10 @@ def add_arguments(parser):
     parser.add_argument('--tau', type=float, default=1.0, metavar='T', help='factor on the log of the prior (1)')
 
 
+def strength(args):
+    return args.tau
+
+
 def cross_entropy_weight(args):
     return 0.0  # the loss is a cross-entropy itself
 

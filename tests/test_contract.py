@@ -413,6 +413,20 @@ def test_the_lab_looks_at_the_network_without_the_centres(with_center, few_digit
         assert any(number == pytest.approx(tested, rel=1e-3) for number in numbers)
 
 
+def test_a_head_that_is_not_told_the_strength_cannot_begin_late(few_digits, monkeypatch, tmp_path):
+    class Own(nn.Linear):
+        def forward(self, features, targets=None):
+            return super().forward(features)
+
+    monkeypatch.setitem(methods.METHODS, 'own', types.ModuleType('own', 'Own.'))
+    methods.METHODS['own'].head = lambda args: Own
+    for late in ('--method-start 0.5', '--method-ramp 1'):
+        with pytest.raises(UserError, match='cannot scale --method own, whose head has no before_step'):
+            call(monkeypatch, cifar, f'{SHORT} --method own {late} -c {tmp_path}')
+    Own.before_step = lambda self, behind, strength: None
+    call(monkeypatch, cifar, f'{SHORT} --method own --method-start 0.5 -c {tmp_path}')
+
+
 @pytest.mark.parametrize('family, arch', [('cifar', 'lenet'), ('cifar', 'vgg11_bn'), ('cifar', 'densenet'),
                                           ('cifar', 'mlp'),
                                           ('cifar', 'preresnet'), ('imagenet', 'resnet18'),

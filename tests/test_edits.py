@@ -126,6 +126,69 @@ def test_a_loop_that_counts_a_batch_twice_or_none_is_told(monkeypatch, tmp_path)
         meter.update(*batch)
 
 
+def test_a_criterion_that_is_called_twice_on_one_pass_is_refused_if_it_looks_at_layers(monkeypatch, tmp_path):
+    build = methods.build_criterion
+
+    def twice(*args):
+        criterion = build(*args)
+        call_of = type(criterion).__call__
+        twofold = type('Twofold', (type(criterion),), {'__call__': lambda self, *pair: call_of(self, *pair)
+                                                       + call_of(self, *pair)})
+        criterion.__class__ = twofold
+        return criterion
+
+    monkeypatch.setattr(methods, 'build_criterion', twice)
+    call(monkeypatch, cifar, f'{RUN} --method dma -c {tmp_path}/without_layers')
+    with pytest.raises(UserError, match='^the criterion needs the layers input of a forward pass .* once for each$'):
+        call(monkeypatch, cifar, f'{RUN} --method large_margin -c {tmp_path}/a')
+
+
+@pytest.mark.parametrize('size, count', [(8, 10), (40, 2)])
+def test_a_batch_size_that_the_loop_changes_is_refused(size, count, monkeypatch, tmp_path):
+    epochs = cifar.Run.epochs
+
+    def edited(run):
+        run.batches['train'].batch_size = size
+        yield from epochs(run)
+
+    monkeypatch.setattr(cifar.Run, 'epochs', edited)
+    with pytest.raises(UserError, match=f'^an epoch has {count} batches now, and had 5 where the run was made'):
+        call(monkeypatch, cifar, f'{RUN} -c {tmp_path}')
+
+
+def test_an_average_of_the_script_is_tested_kept_and_resumed(monkeypatch, tmp_path):
+    """As README has it: run.average, also for the epoch that validation chooses."""
+    epochs, tested = cifar.Run.epochs, []
+
+    def edited(run):
+        run.average = torch.optim.swa_utils.AveragedModel(run.model).eval()
+        if run.state.get('ema'):
+            run.average.load_state_dict(run.state['ema'])
+        yield from epochs(run)
+
+    def test(batches, model, args, meter=None, plain=cifar.test):
+        tested.append(model)
+        return plain(batches, model, args, meter)
+
+    monkeypatch.setattr(cifar.Run, 'epochs', edited)
+    monkeypatch.setattr(cifar, 'test', test)
+    flags, end_epoch = f'{RUN} --val-split 0.2', cifar.Run._end_steps
+
+    def end_steps(run):
+        if run.left is not None:
+            run.average.update_parameters(run.model)
+        end_epoch(run)
+
+    monkeypatch.setattr(cifar.Run, '_end_steps', end_steps)
+    call(monkeypatch, cifar, f'{flags} -c {tmp_path}/whole')
+    assert len(tested) == 3 and all(model is tested[0] for model in tested)  # two epochs and the report
+    broken_off(monkeypatch, f'{flags} -c {tmp_path}/parts', epoch=1)
+    call(monkeypatch, cifar, f'--resume {tmp_path}/parts/checkpoint.pth.tar')
+    whole, parts = read(tmp_path / 'whole')['ema'], read(tmp_path / 'parts')['ema']
+    assert whole['n_averaged'] == 2 and all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert result(tmp_path / 'whole')['test loss'] == result(tmp_path / 'parts')['test loss']
+
+
 def test_a_head_is_told_once_of_each_step_of_an_optimizer_of_the_script(monkeypatch, tmp_path):
     class Around(torch.optim.Optimizer):
         def __init__(self, inner):

@@ -203,6 +203,7 @@ def test_a_checkpoint_from_before_beta_had_a_schedule_resumes_with_its_decay(few
     ('--method dma sam --dma-coef 0 --rho 0 --method-ramp 0.5', 'scale a strength that is 0 here'),
     ('--method lsoftmax --margin 1 --method-start 0.5', 'scale a strength that is 0 here'),
     ('--method arcface --angular-margin 0 --method-start 0.5', 'scale a strength that is 0 here'),
+    ('--method logit_adjustment --tau 0 --method-start 0.5', 'scale a strength that is 0 here'),
     ('--method ldam --deferred 1 --reweight-beta 0.9', '--reweight-beta does nothing with --deferred 1'),
     ('--method ldam --max-margin -1', 'max_margin must be a number of at least 0, was given -1'),
     ('--method logit_adjustment --tau -1', 'tau must be a number of at least 0, was given -1'),

@@ -3,6 +3,8 @@ import functools
 
 import torch
 
+from utils.errors import UserError
+
 
 class Activations:
     """The outputs of the modules of `model` that `names` lists, in the newest pass that has gradients.
@@ -22,7 +24,7 @@ class Activations:
                                  'features and what these consist of')
         if len(set(names)) < len(names):
             raise ValueError(f'a layer is named twice in {" ".join(names)}')
-        self.names, self.kept, self.active = names, {}, True
+        self.names, self.kept, self.active, self.was_read = names, {}, True, False
         for name in names:
             if name == 'input':
                 model.register_forward_pre_hook(self._at_input)
@@ -44,11 +46,17 @@ class Activations:
     def _keep(self, name, module, inputs, outputs):
         if torch.is_grad_enabled() and self.active:
             output = outputs[0] if isinstance(outputs, tuple) else outputs
-            self.kept[name] = output, output._version
+            self.kept[name], self.was_read = (output, output._version), False
 
     def read(self):
-        """The tensors, in the order of the names; they are no longer kept."""
-        kept, self.kept = self.kept, {}
+        """The tensors, in the order of the names; they are no longer kept.
+
+        UserError if they were read before, as where a loop calls the criterion twice.
+        """
+        if self.was_read:
+            raise UserError(f'the criterion needs the layers {" ".join(self.names)} of a forward pass with gradients, '
+                            'and there was none since it was called last; call it once for each')
+        kept, self.kept, self.was_read = self.kept, {}, True
         for name in self.names:
             if name not in kept:
                 raise ValueError(f'layer {name} takes no part in the forward pass')

@@ -22,7 +22,7 @@ and, where it needs them:
                                       the model; the schedule multiplies their rates as it multiplies all others
     DEFAULT_LR = the rate of the optimizer that it brings, where no flag says it
     STRENGTH = the name of the option of its optimizer's parameter groups that --method-start and --method-ramp scale
-    strength(args)                 -> 0 where its head has no margin that these two could scale
+    strength(args)                 -> 0 where there is nothing that these two could scale, such as a margin
     begins(args)                   -> {flag: share of the training after which what it says begins}, so that a training
                                       that ends before is refused
     by_position(args)              -> whether its `before_step` or its optimizer does other things at another share of
@@ -244,6 +244,15 @@ def build_head(args):
     return (_chosen(args, 'head') or [nn.Linear])[0]
 
 
+def check_head(args, head):
+    """ValueError if --method-start or --method-ramp should scale a method that is a head alone, and not told of it."""
+    for name in args.method if args.method_start or args.method_ramp else ():
+        alone = hasattr(METHODS[name], 'head') and not hasattr(METHODS[name], 'loss_term')
+        if alone and not any(hasattr(module, 'before_step') for module in head.modules()):
+            raise ValueError(f'--method-start and --method-ramp cannot scale --method {name}, whose head has no '
+                             'before_step, which is told the strength')
+
+
 def attach_loss_terms(args, model):
     """Make the chosen loss terms that are modules part of `model`, as model.loss_terms; returns the model.
 
@@ -415,6 +424,7 @@ def rehearse(args, model, size, images=2, training_images=0, device='cpu'):
     try:
         with torch.random.fork_rng(devices=[]), single_image_explained(args, training_images):
             parameter_groups(args, model)  # which refuses flags that this model has no use for
+            check_head(args, model.head)
             criterion = build_criterion(args, model, [1] * model.num_classes)
             kept = memory.Kept(model, images)
             with kept.hooks:

@@ -39,6 +39,7 @@ class Run:
 
     network           the model to train: compiled with --compile, in DistributedDataParallel among several processes
     to_test           the model to test: with --ema the moving average of the weights, with --swa their mean
+    average           the AveragedModel that `to_test` is the module of, or None; a script may set one of its own
     pixels            what black and white are in its images, for --adversarial
     selection         the split that chooses the best epoch: 'val' if there is one, else 'test'
     test_every        it is tested on after so many epochs, and after the last
@@ -152,6 +153,9 @@ class Run:
         not finite, here or in another process, at the latest after the last batch.
         """
         args, batches, resumed = self.args, self.batches['train'], self.state.get('step', 0)
+        if len(batches) != self.steps_per_epoch:
+            raise UserError(f'an epoch has {len(batches)} batches now, and had {self.steps_per_epoch} where the run '
+                            'was made; the size of a batch is for --train-batch, or is set before that')
         self.meter = Meter(self.steps_per_epoch, batches.num_classes, batches.device)
         if resumed:
             self.meter.load(self.state['meter'], local=distributed.is_first())
