@@ -11,14 +11,14 @@
 #
 # From the environment: DATASET; METHODS, one or several, to which none is added, also rivals: sam momentum-sam
 # arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding; amp-late, which begins when 0.7 of the
-# training is behind; dma-late, which begins in the middle or grows over all of it; smoothout-filter, whose noise goes
-# by the length of a filter; lsoftmax-mild, with a larger beta; tuned, which is no method, but the plain network with
-# as many more trials as a method has, over TUNED, six of LR:WD; FRACTION of the training set, after the tenth that
-# judges the trials; EPOCHS; LRS, three learning rates, and LAYERS of Large Margin, for another --arch; COMBINATIONS
-# for the table, such as amp+dma, of METHODS, or of all that have TRIALS, each with what it chose alone; TRIAL_SEEDS;
-# SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below OUT/table); TRIALS, the folder of
-# trials that were made before with the same flags, and then none is made; PYTHON. More in run.sh; with LIST=1 the
-# trials are listed first, and when they are finished the runs of the table.
+# training is behind; dma-late and large_margin-late, which begin in the middle or grow over all of it;
+# smoothout-filter, whose noise goes by the length of a filter; lsoftmax-mild, with a larger beta; tuned, which is no
+# method, but the plain network with as many more trials as a method has, over TUNED, six of LR:WD; FRACTION of the
+# training set, after the tenth that judges the trials; EPOCHS; LRS, three learning rates, and LAYERS of Large Margin,
+# for another --arch; COMBINATIONS for the table, such as amp+dma, of METHODS, or of all that have TRIALS, each with
+# what it chose alone; TRIAL_SEEDS; SEEDS; OUT, the folder of the runs (trials below OUT/trials, the table below
+# OUT/table); TRIALS, the folder of trials that were made before with the same flags, and then none is made; PYTHON.
+# More in run.sh; with LIST=1 the trials are listed first, and when they are finished the runs of the table.
 DATASET=${DATASET:-fashion-mnist} FRACTION=${FRACTION:-0.01} EPOCHS=${EPOCHS:-50}
 OUT=${OUT:-checkpoints/search/$DATASET-$FRACTION-${EPOCHS}epochs}
 METHODS=${METHODS:-dma lsoftmax amp smoothout large_margin}
@@ -51,8 +51,8 @@ for word; do
     echo "error: ${word%%=*} for every run would undo the search; that is said by $variable" >&2
     exit 2
 done
-only METHODS dma dma-late lsoftmax lsoftmax-mild amp amp-late smoothout smoothout-filter large_margin sam \
-    momentum-sam arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
+only METHODS dma dma-late lsoftmax lsoftmax-mild amp amp-late smoothout smoothout-filter large_margin \
+    large_margin-late sam momentum-sam arcface ldam logit_adjustment hinge smoothing mixup cutout dropout flooding tuned
 for pair in $TUNED; do
     [[ $pair == *:* ]] && continue
     echo "error: TUNED must be pairs LR:WD, such as 0.005:0.005; was given $pair" >&2
@@ -88,6 +88,9 @@ grid() {  # the trials of method $1, one a line
         smoothout-filter) printf -- '--ss %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         large_margin) printf -- "--large-margin-gamma %s --large-margin-coef %s\n" 5 0.1 5 0.3 5 1 \
                                 10000 0.1 10000 0.3 10000 1 ;;
+        large_margin-late) for begin in "--method-start 0.5" "--method-ramp 1"; do
+                               printf -- "--large-margin-gamma 5 --large-margin-coef %s $begin\n" 0.03 0.1 0.5
+                           done ;;
         sam) printf -- '--rho %s\n' 0.02 0.05 0.1 0.2 0.5 1 ;;
         momentum-sam) printf -- '--rho %s\n' 0.03 0.1 0.3 1 3 10 ;;
         arcface) printf -- '--scale %s --angular-margin %s\n' 10 0 10 0.2 10 0.5 30 0 30 0.2 30 0.5 ;;
@@ -112,7 +115,7 @@ flags() {  # the flags of a trial $2 of method $1
         smoothout-filter) echo "--method smoothout --adapt-type filter $2" ;;
         dma-late|lsoftmax-mild) echo "--method ${1%-*} $2" ;;
         momentum-sam) echo "--method sam --direction momentum $2" ;;
-        large_margin) echo "--method large_margin $layers $2" ;;
+        large_margin|large_margin-late) echo "--method large_margin $layers $2" ;;
         *) echo "--method $1 $2" ;;
     esac
 }
