@@ -7,15 +7,20 @@ A table follows the command that prints it, an indented line `python compare.py 
 replaced by what the command prints, which also appears on the terminal. A picture is drawn by such a command with
 `--plot FILE` before its --markdown, or by an indented line `python compare.py results/... --plot FILE`.
 """
+import contextlib
 import glob
+import importlib
+import io
 import os
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils.errors import UserError  # noqa: E402
+
 PRINTING = r'^    python ((?:compare\.py|-m utils\.lab\.choose) results/(?:[^\n]|\\\n)*? --markdown)$'
 COMMAND = re.compile(PRINTING, re.MULTILINE)
 TABLE = re.compile(rf'({PRINTING}\n\n)(.*?)(^<!-- end -->$)', re.MULTILINE | re.DOTALL)
@@ -33,12 +38,23 @@ def expanded(words):
 
 
 def printed(words):
-    """What a command prints, in Markdown."""
-    result = subprocess.run([sys.executable, *expanded(words)], cwd=ROOT, text=True, capture_output=True,
-                            env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
-    if result.returncode:
-        sys.exit(f'error: python {shlex.join(words)} ended with status {result.returncode}: {result.stderr.strip()}')
-    return result.stdout.strip() + '\n\n'
+    """What a command prints, in Markdown.
+
+    It runs in this process, as importing PyTorch takes most of the time of a command.
+    """
+    module, *arguments = expanded(words)[words[0] == '-m':]
+    argv, folder = sys.argv, os.getcwd()
+    try:
+        sys.argv = [module, *arguments]
+        os.chdir(ROOT)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            importlib.import_module(module.removesuffix('.py')).main()
+    except UserError as error:
+        sys.exit(f'error: python {shlex.join(words)}: {error}')
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+    return out.getvalue().strip() + '\n\n'
 
 
 def main():
