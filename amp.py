@@ -288,6 +288,8 @@ def climbing_options(args, model):
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if 'local_perturbation' in args.given and not distributed:
         raise ValueError('--local-perturbation needs several processes, but torchrun did not start this one')
+    if args.perturbed_statistics and not any('running_mean' in name for name, _ in model.named_buffers()):
+        raise ValueError('--perturbed-statistics does nothing in a network without BatchNorm')
     return {'local': args.local_perturbation, 'climb_fraction': args.climb_fraction,
             'buffers': () if args.perturbed_statistics else model.buffers()}
 

@@ -253,6 +253,8 @@ def optimizer(args, model, steps_per_epoch):
     unused = {'noise_type', 'adapt_type', 'perturb_batch_norm', 'smoothing_type'} & args.given
     if args.ss == 0 and unused:
         raise ValueError(f'--{min(unused).replace("_", "-")} does nothing with --ss 0, which is plain SGD')
+    if args.perturb_batch_norm and not batch_norm_parameters(model):
+        raise ValueError('--perturb-batch-norm does nothing in a network without BatchNorm')
     return functools.partial(
         SmoothOut, ss=args.ss, noise=args.noise_type, adapt=args.adapt_type, schedule=args.smoothing_type,
         anneal_index=args.anneal_index, tanh_scale=args.tanh_scale, total_steps=args.epochs * steps_per_epoch,

@@ -105,7 +105,7 @@ def test_training_and_testing(names, flags, never_read, monkeypatch):
     '--method large_margin --exact --top-k 3 --aggregate mean --norm 1', '--lr-schedule onecycle'])
 def test_options_of_methods(flags, never_read):
     args = read_flags(cifar, flags)
-    model = models.build('lenet', 7, methods.build_head(args))
+    model = models.build('resnet', 7, methods.build_head(args), depth=8)
     train_on_meta(cifar, model, Batches(images_of(), [120.0] * 3, [60.0] * 3, 8, META), args)
 
 

@@ -207,6 +207,8 @@ def test_a_checkpoint_from_before_beta_had_a_schedule_resumes_with_its_decay(few
     ('--method ldam --deferred 1 --reweight-beta 0.9', '--reweight-beta does nothing with --deferred 1'),
     ('--method ldam --max-margin -1', 'max_margin must be a number of at least 0, was given -1'),
     ('--method logit_adjustment --tau -1', 'tau must be a number of at least 0, was given -1'),
+    ('-a lenet --method smoothout --perturb-batch-norm', '--perturb-batch-norm does nothing in a network without'),
+    ('-a lenet --method sam --perturbed-statistics', '--perturbed-statistics does nothing in a network without'),
     ('--climb-fraction 0.5', '--climb-fraction is a flag of --method amp or sam, which is not selected'),
 ])
 def test_what_cannot_work_is_refused(flags, sentence, monkeypatch, capsys, tmp_path):
