@@ -143,19 +143,6 @@ def test_a_criterion_that_is_called_twice_on_one_pass_is_refused_if_it_looks_at_
         call(monkeypatch, cifar, f'{RUN} --method large_margin -c {tmp_path}/a')
 
 
-@pytest.mark.parametrize('size, count', [(8, 10), (40, 2)])
-def test_a_batch_size_that_the_loop_changes_is_refused(size, count, monkeypatch, tmp_path):
-    epochs = cifar.Run.epochs
-
-    def edited(run):
-        run.batches['train'].batch_size = size
-        yield from epochs(run)
-
-    monkeypatch.setattr(cifar.Run, 'epochs', edited)
-    with pytest.raises(UserError, match=f'^an epoch has {count} batches now, and had 5 where the run was made'):
-        call(monkeypatch, cifar, f'{RUN} -c {tmp_path}')
-
-
 def test_an_average_of_the_script_is_tested_kept_and_resumed(monkeypatch, tmp_path):
     """As README has it: run.average, also for the epoch that validation chooses."""
     epochs, tested = cifar.Run.epochs, []

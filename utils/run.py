@@ -153,9 +153,6 @@ class Run:
         not finite, here or in another process, at the latest after the last batch.
         """
         args, batches, resumed = self.args, self.batches['train'], self.state.get('step', 0)
-        if len(batches) != self.steps_per_epoch:
-            raise UserError(f'an epoch has {len(batches)} batches now, and had {self.steps_per_epoch} where the run '
-                            'was made; the size of a batch is for --train-batch, or is set before that')
         self.meter = Meter(self.steps_per_epoch, batches.num_classes, batches.device)
         if resumed:
             self.meter.load(self.state['meter'], local=distributed.is_first())
