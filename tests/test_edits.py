@@ -159,12 +159,12 @@ def test_an_average_of_the_script_is_tested_kept_and_resumed(monkeypatch, tmp_pa
 
     monkeypatch.setattr(cifar.Run, 'epochs', edited)
     monkeypatch.setattr(cifar, 'test', test)
-    flags, end_epoch = f'{RUN} --val-split 0.2', cifar.Run._end_steps
+    flags, plain_end = f'{RUN} --val-split 0.2', cifar.Run._end_steps
 
     def end_steps(run):
         if run.left is not None:
             run.average.update_parameters(run.model)
-        end_epoch(run)
+        plain_end(run)
 
     monkeypatch.setattr(cifar.Run, '_end_steps', end_steps)
     call(monkeypatch, cifar, f'{flags} -c {tmp_path}/whole')

@@ -273,7 +273,7 @@ def test_activations_are_those_of_the_newest_pass_with_gradients():
     assert torch.equal(seen, images) and seen.requires_grad and not images.requires_grad
     assert head is logits and hidden.shape == (2, 32, 16, 16)
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(logits.sum(), [hidden, seen]))
-    with pytest.raises(ValueError, match='no part in the forward pass'):
+    with pytest.raises(UserError, match='there was none since it was called last'):
         layers.read()  # not kept for a second time
 
 

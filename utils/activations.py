@@ -24,7 +24,7 @@ class Activations:
                                  'features and what these consist of')
         if len(set(names)) < len(names):
             raise ValueError(f'a layer is named twice in {" ".join(names)}')
-        self.names, self.kept, self.active, self.was_read = names, {}, True, False
+        self.names, self.kept, self.active = names, {}, True
         for name in names:
             if name == 'input':
                 model.register_forward_pre_hook(self._at_input)
@@ -46,17 +46,18 @@ class Activations:
     def _keep(self, name, module, inputs, outputs):
         if torch.is_grad_enabled() and self.active:
             output = outputs[0] if isinstance(outputs, tuple) else outputs
-            self.kept[name], self.was_read = (output, output._version), False
+            self.kept = self.kept or {}
+            self.kept[name] = output, output._version
 
     def read(self):
         """The tensors, in the order of the names; they are no longer kept.
 
         UserError if they were read before, as where a loop calls the criterion twice.
         """
-        if self.was_read:
+        kept, self.kept = self.kept, None
+        if kept is None:
             raise UserError(f'the criterion needs the layers {" ".join(self.names)} of a forward pass with gradients, '
                             'and there was none since it was called last; call it once for each')
-        kept, self.kept, self.was_read = self.kept, {}, True
         for name in self.names:
             if name not in kept:
                 raise ValueError(f'layer {name} takes no part in the forward pass')
