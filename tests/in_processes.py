@@ -69,10 +69,10 @@ def train(flags, count):
     parser = cifar.make_parser()
     args = parser.parse_args(['--epochs', '2', '--lr', '0.05', '--manualSeed', '3', *flags.split()])
     methods.check_arguments(args, parser)
-    validate(args, None, None, parser, torch.nn.Linear(1, 1))
     torch.manual_seed(args.seed)
     options = {} if args.arch == 'lenet' else {'depth': 8}
     model = models.build(args.arch, 10, methods.build_head(args), **options)
+    validate(args, None, None, parser, model)
     model = methods.attach_loss_terms(args, model).double()
     split = images_of(count)
     mean, std = mean_and_std(split.images)
