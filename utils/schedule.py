@@ -46,7 +46,8 @@ def add_arguments(group):
     group.add_argument('--nesterov', action='store_true')
     group.add_argument('--optimizer-eps', type=bounded(float, 0, above=True), metavar='E',
                        help="added to the denominator of RMSprop, Adam and AdamW (1e-8)")
-    group.add_argument('--weight-decay', '--wd', type=bounded(float, 0), help='(0.0005, or the regime\'s)')
+    group.add_argument('--weight-decay', '--wd', type=bounded(float, 0),
+                       help='(0.0005, in imagenet.py 0.0001; or the regime\'s)')
     group.add_argument('--base-batch', type=bounded(int, 1), default=128, metavar='N',
                        help='the batch that lr and epochs are meant for, for the next two flags (%(default)s)')
     group.add_argument('--lr-scaling', choices=('none', 'sqrt', 'linear'), default='none',
