@@ -146,6 +146,8 @@ def loss_term(args, model, class_counts):
     """`args`, a model with num_classes, and its K class counts -> (outputs, targets, activations) -> scalar."""
     if args.deferred == 1 and 'reweight_beta' in getattr(args, 'given', ()):
         raise ValueError('--reweight-beta does nothing with --deferred 1, where no class weights apply')
+    if args.reweight_beta == 0 and 'deferred' in getattr(args, 'given', ()) and args.deferred < 1:
+        raise ValueError('--deferred does nothing with --reweight-beta 0, with which all class weights are 1')
     if len(set(class_counts)) == 1 < class_counts[0]:  # before the data are read, each has 1
         print(f'--method ldam has one margin and no weights here: every class has {class_counts[0]} training images')
     return LDAMTerm(class_counts, model.num_classes, args.max_margin, args.scale, args.deferred, args.reweight_beta)

@@ -13,7 +13,7 @@ import torch
 
 import cifar
 import compare
-from helpers import broken_off, call, write_run
+from helpers import broken_off, call, few_digits, write_run
 from utils import checkpoint, methods, output, resume
 from utils.errors import UserError
 from utils.eval import Meter
@@ -202,6 +202,150 @@ def test_a_head_is_told_once_of_each_step_of_an_optimizer_of_the_script(monkeypa
     monkeypatch.setattr(methods, 'build_optimizer', lambda *args, **more: Bare(made(*args, **more)))
     with pytest.raises(UserError, match='^--method lsoftmax needs an optimizer that calls hooks .* and Bare '):
         call(monkeypatch, cifar, f'{flags} -c {tmp_path}/bare')
+
+
+def edited_fit(monkeypatch, before=lambda run: None, after=lambda run, epoch, trained, tested: None):
+    """Let `before(run)` run before the epochs, and `after(...)` before `end_epoch`, as lines that one writes into fit.
+    """
+    epochs, end_epoch = cifar.Run.epochs, cifar.Run.end_epoch
+
+    def begun(run):
+        before(run)
+        yield from epochs(run)
+
+    def ended(run, *words):
+        after(run, *words)
+        end_epoch(run, *words)
+
+    monkeypatch.setattr(cifar.Run, 'epochs', begun)
+    monkeypatch.setattr(cifar.Run, 'end_epoch', ended)
+
+
+def test_an_optimizer_that_is_made_in_fit_is_refused(monkeypatch, tmp_path):
+    """As checkpoints, averages and the log are of the one that the run was given."""
+    train = cifar.train
+    monkeypatch.setattr(cifar, 'train', lambda run, criterion, optimizer, *words: train(
+        run, criterion, torch.optim.AdamW(run.model.parameters(), lr=1e-3), *words))
+    with pytest.raises(UserError, match='^the optimizer that Run was given, SGD, has made no step in epoch 1; one of '):
+        call(monkeypatch, cifar, f'{RUN} -c {tmp_path}')
+
+
+def test_a_rate_that_schedule_apply_would_set_again_is_refused(monkeypatch, tmp_path):
+    def after_an_epoch(run, *words):
+        run.optimizer.param_groups[0]['lr'] *= 0.1
+
+    def args_lr(run, *words):
+        run.args.lr *= 0.1
+
+    for edit, sentence in ((after_an_epoch, 'has set the learning rate to 0.002, and schedule.apply sets it again'),
+                           (args_lr, 'has set args.lr to 0.002, which is read once')):
+        with monkeypatch.context() as patch:
+            edited_fit(patch, after=edit)
+            with pytest.raises(UserError, match=sentence):
+                call(patch, cifar, f'{RUN} -c {tmp_path}/{edit.__name__}')
+    # Between schedule.apply and the step it is used, as the loop says.
+    at_each_step(monkeypatch, lambda run, batch, step: None)
+    apply = cifar.schedule.apply
+
+    def halved(optimizer, *words):
+        apply(optimizer, *words)
+        optimizer.param_groups[0]['lr'] *= 0.5
+
+    monkeypatch.setattr(cifar.schedule, 'apply', halved)
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/halved')
+    assert read_log(tmp_path / 'halved/log.txt')['Learning Rate'] == [0.01, 0.001]
+
+
+def test_what_the_loop_adds_to_what_was_measured_does_not_shift_the_log(monkeypatch, tmp_path, capsys):
+    edited_fit(monkeypatch, after=lambda run, epoch, trained, tested: trained.update({'Gradient': 1.0}) or tested.pop(
+        'Top-5'))
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}')
+    assert capsys.readouterr().out.count('log.txt has no column for Gradient') == 2
+    log = read_log(tmp_path / 'log.txt')
+    assert log['Test Loss'][-1] == pytest.approx(result(tmp_path)['test loss'], rel=1e-4)
+    assert all(value != value for value in log['Test Top-5'])
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --epochs 3')
+
+
+def test_what_the_run_keeps_in_state_is_not_overwritten_without_a_word(monkeypatch, tmp_path):
+    for name in ('ema', 'optimizer', 'seconds'):
+        with monkeypatch.context() as patch:
+            edited_fit(patch, after=lambda run, *words: run.state.update({name: {'mine': 1}}))
+            with pytest.raises(UserError, match=f"^state\\['{name}'\\] is the run's own, .* put yours under another "):
+                call(patch, cifar, f'{RUN} -c {tmp_path}/{name}')
+
+
+def test_a_checkpoint_of_the_script_in_the_middle_of_an_epoch_is_refused(monkeypatch, tmp_path):
+    def saved(run, batch, step):
+        if step == 7:
+            run.save('step.pth.tar')
+
+    with monkeypatch.context() as patch:
+        at_each_step(patch, saved)
+        with pytest.raises(UserError, match='^run.save."step.pth.tar". within an epoch would be resumed from its '):
+            call(patch, cifar, f'{RUN} -c {tmp_path}')
+    end_epoch = cifar.Run.end_epoch
+    monkeypatch.setattr(cifar.Run, 'end_epoch', lambda run, epoch, *words: (
+        end_epoch(run, epoch, *words), run.save(f'epoch{epoch}.pth.tar')))
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/after')
+    assert torch.load(tmp_path / 'after/epoch0.pth.tar', weights_only=True)['epoch'] == 1
+
+
+@pytest.mark.parametrize('flags', ['dma --method-start 0.5', 'ldam --deferred 0.5', 'amp',
+                                   'large_margin lsoftmax --margin 2 --cross-entropy-weight 1 --clip-norm 1'])
+def test_a_criterion_around_that_of_the_methods_is_told_or_refused(flags, monkeypatch, tmp_path):
+    build, built = methods.build_criterion, []
+
+    def around(told):
+        def wrapped(args, *words):
+            built.append(build(args, *words))
+            criterion = lambda outputs, targets: built[-1](outputs, targets) + 0.0  # noqa: E731
+            if told:
+                criterion.before_step = built[-1].before_step
+            return criterion
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar.methods, 'build_criterion', around(told=False))
+        if 'lsoftmax' in flags or flags == 'amp':  # whose loss terms stay as they are; heads are told with the network
+            call(patch, cifar, f'{RUN} --method {flags} -c {tmp_path}/a')
+        else:
+            with pytest.raises(UserError, match='give it that one\'s: criterion.before_step = built.before_step$'):
+                call(patch, cifar, f'{RUN} --method {flags} -c {tmp_path}/a')
+    monkeypatch.setattr(cifar.methods, 'build_criterion', around(told=True))
+    call(monkeypatch, cifar, f'{RUN} --method {flags} -c {tmp_path}/b')
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        few_digits(patch, 80, 80)
+        patch.setattr('utils.run.plot_log', lambda *args: None)
+        call(patch, cifar, f'{RUN} --method {flags} -c {tmp_path}/plain')
+    told, plain = (read(tmp_path / name)['state_dict'] for name in ('b', 'plain'))
+    assert all(torch.equal(told[name], plain[name]) for name in told)
+
+
+def test_batch_norm_of_a_head_has_statistics_for_the_mean_of_the_weights(monkeypatch, tmp_path):
+    class Neck(torch.nn.Module):
+        def __init__(self, in_features, num_classes):
+            super().__init__()
+            self.norm, self.linear = torch.nn.BatchNorm1d(in_features), torch.nn.Linear(in_features, num_classes)
+
+        def forward(self, features):
+            return self.linear(self.norm(features))
+
+    monkeypatch.setitem(methods.METHODS, 'neck', types.SimpleNamespace(head=lambda args: Neck))
+    call(monkeypatch, cifar, f'{RUN} --method neck --swa 0.4 -c {tmp_path}')
+    held = read(tmp_path)
+    assert held['ema']['module.head.norm.num_batches_tracked'] == 5
+    mean, moving = held['ema']['module.head.norm.running_mean'], held['state_dict']['head.norm.running_mean']
+    ratios = (mean / moving)[moving > 0.1]  # features behind a ReLU; the moving mean began at 0 ten steps ago
+    assert len(ratios) > 10 and 1.2 < ratios.median() < 2
+
+
+def test_a_single_image_that_the_loop_has_left_is_named_as_such(monkeypatch, tmp_path):
+    at_each_step(monkeypatch, lambda run, batch, step: batch._replace(
+        images=batch.images[:1], targets=batch.targets[:1], size=1))
+    with pytest.raises(UserError, match='^BatchNorm cannot train on a single image, and a part of a batch has one, '):
+        call(monkeypatch, cifar, f'{RUN.replace("lenet", "mlp")} -c {tmp_path}')
 
 
 def test_a_test_of_the_run_between_two_steps_changes_nothing(monkeypatch, tmp_path):

@@ -258,7 +258,7 @@ def test_climbing_on_a_part_is_a_step_of_sam_by_hand(flags, fraction, sizes):
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    ('--method dma --method-start 0.99', '--method-start 0.99 leaves no step to --method dma: the last of 20 begins'),
+    ('--method dma --method-start 0.99', 'with --method-start 0.99 no step is left to --method dma, whose strength'),
     ('--method ldam --deferred 0.96', '--deferred 0.96 leaves no step to what begins there: the last of 20 begins'),
 ])
 def test_a_training_that_ends_before_a_method_begins_is_refused(flags, sentence, monkeypatch, tmp_path):

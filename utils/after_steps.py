@@ -1,10 +1,13 @@
-"""What an optimizer calls after each step: averages of weights, and heads and loss terms with `after_step()`."""
+"""What an optimizer calls after each step: averages of weights, and heads and loss terms with `after_step()`; and what
+it was seen to do.
+"""
 import gc
 import weakref
 
 from utils.errors import UserError
 
 _TELLS = weakref.WeakKeyDictionary()  # a module with after_step() -> a reference to the optimizer that calls it
+_SEEN = weakref.WeakKeyDictionary()  # an optimizer -> a Seen
 
 
 def register(optimizer, call, who):
@@ -32,3 +35,29 @@ def tell_if_none_does(optimizer, modules, who):
 
 def _teller(module):
     return _TELLS.get(module, lambda: None)()
+
+
+class Seen:
+    """steps: how many an optimizer has made since it is watched. rates: of its groups in the newest; None before."""
+    steps, rates = 0, None
+
+
+def watch(optimizer):
+    """Count the steps of `optimizer` and keep the rates that they had; returns a `Seen`, or None if it calls no hooks.
+    """
+    if not hasattr(optimizer, 'register_step_post_hook'):
+        return None
+    seen = _SEEN[optimizer] = Seen()
+
+    def stepped(optimizer, *_):
+        seen.steps += 1
+        seen.rates = [group.get('lr') for group in optimizer.param_groups]
+
+    optimizer.register_step_post_hook(stepped)
+    return seen
+
+
+def newest_rates(optimizer):
+    """The learning rates of the newest step of an optimizer, by group; none if it is not watched or made no step."""
+    seen = _SEEN.get(optimizer)
+    return seen.rates if seen and seen.rates else []

@@ -33,14 +33,17 @@ def estimate_statistics(average, batches, args, epoch):
     norms = [module for module in average.train().modules() if isinstance(module, kinds) and module.training
              and module.running_mean is not None]
     frozen = {name: buffer.clone() for name, buffer in average.named_buffers()}
-    parts = (part for images, _ in batches.shuffled(args.seed, epoch) for part in images.split(ghost_batch(args))
-             if len(part) > 1 or ghost_batch(args) == 1)
-    features, momenta = Features(average.module), [norm.momentum for norm in norms]
+    parts = (part for batch in batches.shuffled(args.seed, epoch)
+             for part in zip(*(each.split(ghost_batch(args)) for each in batch))
+             if len(part[0]) > 1 or ghost_batch(args) == 1)
+    network, momenta = average.module, [norm.momentum for norm in norms]
+    if not any(isinstance(module, kinds) for module in network.head.modules()):
+        network = Features(network)
     for norm in norms:  # not torch's update_bn, which resets frozen layers, so that those behind them see other inputs
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
     for part in parts:
-        features(part)
+        network(*part)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     running = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
@@ -58,11 +61,11 @@ def estimate_statistics(average, batches, args, epoch):
 
 
 class Features(torch.nn.Module):
-    """images -> features: a network without its head, which may need targets in training."""
+    """(images, targets) -> features: a network without its head."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
-    def forward(self, images):
+    def forward(self, images, targets):
         return self.network.features(images)

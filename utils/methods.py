@@ -321,6 +321,13 @@ def build_criterion(args, model, class_counts=None):
     return Criterion(terms, weight, args.label_smoothing)
 
 
+def tells_criterion(args):
+    """Whether the loss of a chosen method changes with the position in training."""
+    return any(hasattr(METHODS[name], 'loss_term') and (
+        args.method_start or args.method_ramp or _answer(name, 'begins', args) or _answer(name, 'by_position', args))
+        for name in args.method)
+
+
 def scaled_options(args):
     """The options of the optimizer's parameter groups that the strength of the chosen methods scales."""
     return {METHODS[name].STRENGTH for name in args.method if hasattr(METHODS[name], 'STRENGTH')}

@@ -177,8 +177,8 @@ class BatchNormStatistics:
 
     @contextlib.contextmanager
     def combined(self, parts):
-        """A context for the passes of one batch, of which this process has `parts`; with 0 a blank pass does not
-        count.
+        """A context for the passes of one batch, of which this process has `parts`; with 0, among several processes, a
+        blank pass does not count.
         """
         if not self.running:
             yield
@@ -257,7 +257,8 @@ def single_image_explained(args, images):
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
             raise
-        raise UserError(f'BatchNorm cannot train on a single image, and {images} images (less those that cannot be '
-                        'read) in '
-                        f'parts of {ghost_batch(args)} leave one; '
-                        f'choose another --{"mini" if args.mini_batch else "train"}-batch') from error
+        why = 'a part of a batch has one, as images cannot be read or the loop has left some out'
+        if smallest_part(args, images) == 1:
+            why = (f'{images} images (less those that cannot be read) in parts of {ghost_batch(args)} leave one; '
+                   f'choose another --{"mini" if args.mini_batch else "train"}-batch')
+        raise UserError(f'BatchNorm cannot train on a single image, and {why}') from error

@@ -45,6 +45,7 @@ class Run:
     test_every        it is tested on after so many epochs, and after the last
     steps_per_epoch   batches in an epoch, of all processes together
     told_before_steps modules of the network that have `before_step`, see utils/methods.py
+    tells_criterion   whether the loss of a method changes with the position
     scaled_options    options of the optimizer that the strength of the methods scales
     meter             the `Meter` of the epoch that `steps` runs through
 
@@ -57,6 +58,7 @@ class Run:
         self.steps_per_epoch = len(batches['train'])
         after_steps.tell_if_none_does(optimizer, [*model.modules()], f'--method {" ".join(args.method)}')
         self.average = average_of_weights(args, state, model, optimizer)
+        self.seen = after_steps.watch(optimizer)
         self.pixels = Pixels(batches['train'].mean, batches['train'].std) if args.adversarial else None
         compiled = torch.compile(model) if args.compile else model
         self.network = distributed.data_parallel(compiled)
@@ -64,8 +66,10 @@ class Run:
         self.in_folder = functools.partial(os.path.join, args.checkpoint)
         steps = args.epochs * self.steps_per_epoch
         if args.method and strength.at(steps - 1, steps, args) == 0:
-            raise UserError(f'--method-start {args.method_start:g} leaves no step to --method {" ".join(args.method)}: '
-                            f'the last of {steps} begins before it')
+            start = ' and '.join(f'{flag} {share:g}' for flag, share in (
+                ('--method-start', args.method_start), ('--method-ramp', args.method_ramp)) if share)
+            raise UserError(f'with {start} no step is left to --method {" ".join(args.method)}, whose strength is 0 '
+                            f'in the last of {steps} too')
         for flag, share in methods.begins(args).items():
             if (steps - 1) / steps < share:
                 raise UserError(f'{flag} {share:g} leaves no step to what begins there: the last of {steps} begins '
@@ -74,6 +78,7 @@ class Run:
             schedule.made_with(group)
         self.scaled_options = methods.scaled_options(args)
         methods.check_optimizer(args, optimizer)
+        self.tells_criterion = methods.tells_criterion(args)
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
         self.changes = []  # of the setting, in the middle of training
@@ -81,6 +86,8 @@ class Run:
         self.drawn, self.drawing_failed = time.perf_counter(), False
         self.read_again = 2  # checkpoints: the first has no state of the optimizer yet
         self.left = None  # the epoch that the loop has left, by a break or after its last step
+        self.in_epoch = False  # from its first batch to `end_epoch`
+        self.kept = dict(state)  # what `_keep` has put into `state`, or the checkpoint had
         self.step = self.steps_made = 0
         self.seconds = 0.0  # of training in the epoch that is running or has just run
         self.rate = math.nan  # at the beginning of that epoch
@@ -160,9 +167,10 @@ class Run:
         began = asked - self.state.get('seconds', 0.0)
         held = self.state.get('rate') if resumed else None
         self.rate, self.step = math.nan if held is None else held, epoch * self.steps_per_epoch + resumed
-        self.state.update(step=0, meter=None, seconds=0.0, rate=None)  # the next epoch begins at its first batch
+        self._keep(step=0, meter=None, seconds=0.0, rate=None)  # the next epoch begins at its first batch
         if self.setting:
-            self.state.update(trained_with=self.setting, changes=self.changes)
+            self._keep(trained_with=self.setting, changes=self.changes)
+        self.in_epoch, steps_seen = True, self.seen and self.seen.steps
         with ProgressLine(f'train {epoch + 1}/{args.epochs}', self.steps_per_epoch - resumed) as self.bar:
             try:
                 for index, (images, targets) in enumerate(batches.shuffled(args.seed, epoch, resumed), resumed):
@@ -182,6 +190,10 @@ class Run:
                     asked = time.perf_counter()
             finally:
                 self.left = epoch
+        if self.seen and self.seen.steps == steps_seen and sum(self.meter.sizes) and not resumed:
+            raise UserError(f'the optimizer that Run was given, {type(self.optimizer).__name__}, has made no step in '
+                            f'epoch {epoch + 1}; one of your own is made in main, in the place of '
+                            'methods.build_optimizer, so that checkpoints and log are of it')
         self._end_steps()
 
     def _end_steps(self):
@@ -236,6 +248,7 @@ class Run:
         trained, tested: what `Meter.read_all` gave in training, and in the test on the selection split, or None.
         """
         self._end_steps()
+        self.in_epoch = False
         part, rate = self.selection, self.rate
         folders.report_skipped(self.batches, self.in_folder('skipped.txt'))
         if tested and not math.isfinite(tested['Loss']):
@@ -243,8 +256,11 @@ class Run:
                             f'{rate:.4g}, {self._last_good(epoch)}')
         self.state['epoch'] = epoch + 1
         if self.logger:
-            in_log = tested or dict.fromkeys(trained, math.nan)
-            self.logger.append([epoch + 1, rate, *trained.values(), *in_log.values(), self.seconds])
+            names, in_log = self.meter.quantities, [trained, tested or {}]
+            if others := sorted(set().union(*in_log) - {*names}):
+                self.say(f'log.txt has no column for {", ".join(others)}')
+            self.logger.append([epoch + 1, rate, *(values.get(name, math.nan) for values in in_log for name in names),
+                                self.seconds])
         if tested and tested['Top-1'] > self.state['best']['top1']:
             self.state['best'] = {'top1': tested['Top-1'], 'epoch': epoch + 1}
             self.save(output.BEST)
@@ -274,17 +290,29 @@ class Run:
         """Write the checkpoint `name`. step: batches of the epoch that are done, counted by `meter` in `seconds`; rate:
         with which it began.
         """
+        if self.in_epoch and not step:
+            raise UserError(f'run.save("{name}") within an epoch would be resumed from its beginning; call it after '
+                            'run.end_epoch, or let --checkpoint-every write a checkpoint within epochs')
         random_states = distributed.all_gather(checkpoint.random_state())
-        self.state.update(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                          random_state=random_states[0], other_random_states=random_states[1:],
-                          ema=self.average.state_dict() if self.averaging else None,
-                          step=step, meter=meter, seconds=seconds, rate=rate, steps=self.steps_made)
+        self._keep(state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                   random_state=random_states[0], other_random_states=random_states[1:],
+                   ema=self.average.state_dict() if self.averaging else None,
+                   step=step, meter=meter, seconds=seconds, rate=rate, steps=self.steps_made)
         if distributed.is_first():
-            self.state['log'] = [line[:-1] for line in self.logger.lines]  # all but the seconds
+            self._keep(log=[line[:-1] for line in self.logger.lines])  # all but the seconds
             checkpoint.save(self.in_folder(name), self.state)
             if self.read_again:
                 self.read_again -= 1
                 checkpoint.check_written(self.in_folder(name))
+
+    def _keep(self, **values):
+        """Put these into `state`; UserError where the script has put something of its own under such a name."""
+        for name in values:
+            if self.state.get(name) is not self.kept.get(name):
+                raise UserError(f"state['{name}'] is the run's own, which would overwrite it; put yours under another "
+                                'name')
+        self.state.update(values)
+        self.kept.update(values)
 
     def report(self, test):
         """The result: of the last epoch, or with --val-split of the epoch that was best on the validation images.

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import torch
 
+from utils import after_steps
+from utils.errors import UserError
 from utils.flags import FLOAT32, bounded
 
 # An optimizer of your own is one more line here: its class, and its options where neither flags nor a regime set them.
@@ -202,7 +204,15 @@ def apply(optimizer, step, steps_per_epoch, args):
 
     The schedule multiplies the learning rate that each parameter group was made with. Other options that the regime
     changes on the way follow it in those groups that were made with its first values; all others stay as they are.
+    UserError if the loop has changed args.lr, or a group's rate since its newest step: it would have no effect.
     """
+    if args.lr != args.regime[0].get('lr'):
+        raise UserError(f'the loop has set args.lr to {args.lr:g}, which is read once, where the optimizer is made; '
+                        "set group['lr'] of the optimizer's groups, and leave schedule.apply out of the loop")
+    for group, rate in zip(optimizer.param_groups, after_steps.newest_rates(optimizer)):
+        if isinstance(rate, (int, float)) and group['lr'] != rate:
+            raise UserError(f'the loop has set the learning rate to {float(group["lr"]):g}, and schedule.apply sets it '
+                            'again before the next step; leave out one of them')
     first, now = args.regime[0], options_at(args.regime, step // steps_per_epoch)
     changing = {name for at in args.regime.values() for name in at.keys() | now.keys() if at.get(name) != now.get(name)}
     for group in optimizer.param_groups:

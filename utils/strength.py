@@ -1,4 +1,5 @@
 """The strength of the methods as a pure function of the position in training: nothing to save, nothing to lose."""
+from utils.errors import UserError
 from utils.flags import bounded
 from utils.schedule import made_with
 
@@ -34,8 +35,13 @@ def at(step, steps, args):
 def apply(run, criterion, step):
     """Set the strength of the chosen methods for `step`, counted from 0 at the beginning of training.
 
-    run: a `Run`. criterion: of `build_criterion`, or a function of your own, which is left alone.
+    run: a `Run`. criterion: of `build_criterion`, or a function of your own; UserError if a method has a loss that
+    changes on the way, which that function would not be told.
     """
+    if run.tells_criterion and not hasattr(criterion, 'before_step'):
+        raise UserError('the loss of the chosen method changes on the way, which strength.apply tells criterion.before_'
+                        'step, and the criterion of the loop has none; where it calls that of build_criterion, give it '
+                        "that one's: criterion.before_step = built.before_step")
     steps = run.args.epochs * run.steps_per_epoch
     now = at(step, steps, run.args)
     for part in (*run.told_before_steps, criterion):
