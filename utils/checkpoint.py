@@ -49,12 +49,10 @@ def check_written(path):
         read(path)
     except UserError as error:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        why = str(error)
-        if foreign:
-            why = (f"it holds {', '.join(foreign)[:200]}; the optimizer's state, the options of its groups, and what "
-                   'the script puts into state, must be tensors, numbers, strings, lists and dicts')
-        raise UserError('the run could not be resumed, as the checkpoint that it has just written cannot be read: '
-                        f'{why}') from error
+        held = f'it holds {", ".join(foreign)[:200]}' if foreign else str(error)
+        raise UserError(f'the run could not be resumed, as the checkpoint that it has just written cannot be read '
+                        f"({held}); the optimizer's state, the options of its groups, and what the script puts into "
+                        'state, must be tensors, numbers, strings, lists and dicts') from error
 
 
 def _read_file(path):
