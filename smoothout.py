@@ -53,6 +53,7 @@ class SmoothOut(torch.optim.Optimizer):
         self.coefficient = functools.partial(smoothing_coefficient, schedule, total_steps=total_steps,
                                              anneal_index=anneal_index, tanh_scale=tanh_scale)
         self.coefficient(first_step)  # raises ValueError if an option is out of range
+        self.scheduled_steps = total_steps if schedule == 'tanh' else None
         super().__init__(params, {'lr': lr, 'ss': ss})
         for group in self.param_groups:
             if not 0 <= group['ss'] < math.inf:
@@ -75,7 +76,7 @@ class SmoothOut(torch.optim.Optimizer):
         return kinds[0] if kinds else 'cpu'
 
     def __getstate__(self):
-        names = ('base_optimizer', 'noise', 'adapt', 'exclude', 'steps', 'coefficient', 'generator')
+        names = ('base_optimizer', 'noise', 'adapt', 'exclude', 'steps', 'coefficient', 'scheduled_steps', 'generator')
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, 'noisy': [], 'saved': []}
 
     def state_dict(self):
@@ -116,6 +117,14 @@ class SmoothOut(torch.optim.Optimizer):
         self.base_optimizer.step()
         self.steps += 1
         return result
+
+    def before_step(self, behind, strength=1.0):
+        """Sets how far the schedule 'tanh' is; without a call it goes by the steps that were made.
+
+        behind: the share of the training that is behind, from 0 to 1. `strength` is not used.
+        """
+        if self.scheduled_steps:
+            self.steps = round(behind * self.scheduled_steps)
 
     @torch.no_grad()
     def next_part(self, parts=1):

@@ -323,6 +323,20 @@ def test_a_criterion_around_that_of_the_methods_is_told_or_refused(flags, monkey
     assert all(torch.equal(told[name], plain[name]) for name in told)
 
 
+def test_the_noise_of_smoothout_goes_by_the_position_also_after_a_resume_with_another_batch(monkeypatch, tmp_path):
+    steps = []
+    noise = methods.METHODS['smoothout'].SmoothOut._add_noise
+
+    def seen(optimizer):
+        steps.append(optimizer.steps)
+        noise(optimizer)
+
+    monkeypatch.setattr(methods.METHODS['smoothout'].SmoothOut, '_add_noise', seen)
+    call(monkeypatch, cifar, f'{RUN} --method smoothout --ss 0.01 --smoothing-type tanh -c {tmp_path}')
+    call(monkeypatch, cifar, f'--resume {tmp_path}/checkpoint.pth.tar --train-batch 40 --epochs 4')
+    assert steps == [*range(10), 4, 5, 6, 7]  # of 10, then of 8
+
+
 def test_batch_norm_of_a_head_has_statistics_for_the_mean_of_the_weights(monkeypatch, tmp_path):
     class Neck(torch.nn.Module):
         def __init__(self, in_features, num_classes):

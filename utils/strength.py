@@ -44,7 +44,7 @@ def apply(run, criterion, step):
                         "that one's: criterion.before_step = built.before_step")
     steps = run.args.epochs * run.steps_per_epoch
     now = at(step, steps, run.args)
-    for part in (*run.told_before_steps, criterion):
+    for part in (*run.told_before_steps, criterion, run.optimizer):
         if hasattr(part, 'before_step'):
             part.before_step(step / steps, now)
     if not (run.args.method_start or run.args.method_ramp):  # what the loop does to the options stays
