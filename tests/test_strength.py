@@ -205,6 +205,7 @@ def test_a_checkpoint_from_before_beta_had_a_schedule_resumes_with_its_decay(few
     ('--method arcface --angular-margin 0 --method-start 0.5', 'scale a strength that is 0 here'),
     ('--method logit_adjustment --tau 0 --method-start 0.5', 'scale a strength that is 0 here'),
     ('--method ldam --deferred 1 --reweight-beta 0.9', '--reweight-beta does nothing with --deferred 1'),
+    ('--method ldam --deferred 0.5 --reweight-beta 0', '--deferred does nothing with --reweight-beta 0, with which'),
     ('--method ldam --max-margin -1', 'max_margin must be a number of at least 0, was given -1'),
     ('--method logit_adjustment --tau -1', 'tau must be a number of at least 0, was given -1'),
     ('-a lenet --method smoothout --perturb-batch-norm', '--perturb-batch-norm does nothing in a network without'),
@@ -259,11 +260,12 @@ def test_climbing_on_a_part_is_a_step_of_sam_by_hand(flags, fraction, sizes):
 
 @pytest.mark.parametrize('flags, sentence', [
     ('--method dma --method-start 0.99', 'with --method-start 0.99 no step is left to --method dma, whose strength'),
+    ('--method dma --method-start 0.95 --method-ramp 0.05', 'with --method-start 0.95 and --method-ramp 0.05 no'),
     ('--method ldam --deferred 0.96', '--deferred 0.96 leaves no step to what begins there: the last of 20 begins'),
 ])
 def test_a_training_that_ends_before_a_method_begins_is_refused(flags, sentence, monkeypatch, tmp_path):
     helpers.few_digits(monkeypatch, 160, 20)
     with pytest.raises(UserError, match=sentence):
         call(monkeypatch, cifar, f'-d digits -a lenet --epochs 2 --train-batch 16 {flags} -c {tmp_path}/a')
-    enough = flags.replace('0.99', '0.95').replace('0.96', '0.95')
+    enough = flags.replace('0.99', '0.95').replace('0.96', '0.95').replace('start 0.95 --method-ramp', 'start')
     call(monkeypatch, cifar, f'-d digits -a lenet --epochs 2 --train-batch 16 {enough} -c {tmp_path}/b')
