@@ -13,7 +13,7 @@ import torch
 
 import cifar
 import compare
-from helpers import broken_off, call, few_digits, write_run
+from helpers import broken_off, call, write_run
 from utils import checkpoint, methods, output, resume
 from utils.errors import UserError
 from utils.eval import Meter
@@ -47,6 +47,23 @@ def at_each_step(monkeypatch, edit):
                 break
 
     monkeypatch.setattr(cifar.Run, 'steps', edited)
+
+
+def edited_fit(monkeypatch, before=lambda run: None, after=lambda run, epoch, trained, tested: None):
+    """Let `before(run)` run before the epochs, and `after(...)` before `end_epoch`, as lines that one writes into fit.
+    """
+    epochs, end_epoch = cifar.Run.epochs, cifar.Run.end_epoch
+
+    def begun(run):
+        before(run)
+        yield from epochs(run)
+
+    def ended(run, *words):
+        after(run, *words)
+        end_epoch(run, *words)
+
+    monkeypatch.setattr(cifar.Run, 'epochs', begun)
+    monkeypatch.setattr(cifar.Run, 'end_epoch', ended)
 
 
 # Edits of the loop
@@ -145,19 +162,18 @@ def test_a_criterion_that_is_called_twice_on_one_pass_is_refused_if_it_looks_at_
 
 def test_an_average_of_the_script_is_tested_kept_and_resumed(monkeypatch, tmp_path):
     """As README has it: run.average, also for the epoch that validation chooses."""
-    epochs, tested = cifar.Run.epochs, []
+    tested = []
 
-    def edited(run):
+    def with_average(run):
         run.average = torch.optim.swa_utils.AveragedModel(run.model).eval()
         if run.state.get('ema'):
             run.average.load_state_dict(run.state['ema'])
-        yield from epochs(run)
 
     def test(batches, model, args, meter=None, plain=cifar.test):
         tested.append(model)
         return plain(batches, model, args, meter)
 
-    monkeypatch.setattr(cifar.Run, 'epochs', edited)
+    edited_fit(monkeypatch, before=with_average)
     monkeypatch.setattr(cifar, 'test', test)
     flags, plain_end = f'{RUN} --val-split 0.2', cifar.Run._end_steps
 
@@ -204,23 +220,6 @@ def test_a_head_is_told_once_of_each_step_of_an_optimizer_of_the_script(monkeypa
         call(monkeypatch, cifar, f'{flags} -c {tmp_path}/bare')
 
 
-def edited_fit(monkeypatch, before=lambda run: None, after=lambda run, epoch, trained, tested: None):
-    """Let `before(run)` run before the epochs, and `after(...)` before `end_epoch`, as lines that one writes into fit.
-    """
-    epochs, end_epoch = cifar.Run.epochs, cifar.Run.end_epoch
-
-    def begun(run):
-        before(run)
-        yield from epochs(run)
-
-    def ended(run, *words):
-        after(run, *words)
-        end_epoch(run, *words)
-
-    monkeypatch.setattr(cifar.Run, 'epochs', begun)
-    monkeypatch.setattr(cifar.Run, 'end_epoch', ended)
-
-
 def test_an_optimizer_that_is_made_in_fit_is_refused(monkeypatch, tmp_path):
     """As checkpoints, averages and the log are of the one that the run was given."""
     train = cifar.train
@@ -244,7 +243,6 @@ def test_a_rate_that_schedule_apply_would_set_again_is_refused(monkeypatch, tmp_
             with pytest.raises(UserError, match=sentence):
                 call(patch, cifar, f'{RUN} -c {tmp_path}/{edit.__name__}')
     # Between schedule.apply and the step it is used, as the loop says.
-    at_each_step(monkeypatch, lambda run, batch, step: None)
     apply = cifar.schedule.apply
 
     def halved(optimizer, *words):
@@ -312,13 +310,10 @@ def test_a_criterion_around_that_of_the_methods_is_told_or_refused(flags, monkey
         else:
             with pytest.raises(UserError, match='give it that one\'s: criterion.before_step = built.before_step$'):
                 call(patch, cifar, f'{RUN} --method {flags} -c {tmp_path}/a')
-    monkeypatch.setattr(cifar.methods, 'build_criterion', around(told=True))
-    call(monkeypatch, cifar, f'{RUN} --method {flags} -c {tmp_path}/b')
-    monkeypatch.undo()
     with monkeypatch.context() as patch:
-        few_digits(patch, 80, 80)
-        patch.setattr('utils.run.plot_log', lambda *args: None)
-        call(patch, cifar, f'{RUN} --method {flags} -c {tmp_path}/plain')
+        patch.setattr(cifar.methods, 'build_criterion', around(told=True))
+        call(patch, cifar, f'{RUN} --method {flags} -c {tmp_path}/b')
+    call(monkeypatch, cifar, f'{RUN} --method {flags} -c {tmp_path}/plain')
     told, plain = (read(tmp_path / name)['state_dict'] for name in ('b', 'plain'))
     assert all(torch.equal(told[name], plain[name]) for name in told)
 
@@ -427,7 +422,7 @@ def test_what_python_and_numpy_draw_in_the_loop_is_seeded_and_goes_on_after_a_re
 
 def test_a_scheduler_of_torch_goes_on_after_a_resume_as_readme_keeps_it(monkeypatch, tmp_path):
     """In the middle of an epoch, with one that goes by the number of the epoch alone."""
-    epochs, end_epoch, held = cifar.Run.epochs, cifar.Run.end_epoch, {}
+    held = {}
 
     def begun(run):
         scheduler = held['scheduler'] = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda epoch: 1 / (1 + epoch))
@@ -435,16 +430,13 @@ def test_a_scheduler_of_torch_goes_on_after_a_resume_as_readme_keeps_it(monkeypa
             scheduler.load_state_dict(run.state['scheduler'])
             for group, rate in zip(run.optimizer.param_groups, scheduler.get_last_lr()):
                 group['lr'] = rate
-        yield from epochs(run)
 
     def ended(run, *words):
         held['scheduler'].step()
         run.state['scheduler'] = held['scheduler'].state_dict()
-        end_epoch(run, *words)
 
     monkeypatch.setattr(cifar.schedule, 'apply', lambda *words: None)
-    monkeypatch.setattr(cifar.Run, 'epochs', begun)
-    monkeypatch.setattr(cifar.Run, 'end_epoch', ended)
+    edited_fit(monkeypatch, begun, ended)
     call(monkeypatch, cifar, f'{RUN} --epochs 3 -c {tmp_path}/whole')
     broken_off(monkeypatch, f'{RUN} --epochs 3 -c {tmp_path}/parts', epoch=2)
     call(monkeypatch, cifar, f'--resume {tmp_path}/parts/checkpoint.pth.tar')

@@ -37,13 +37,12 @@ def estimate_statistics(average, batches, args, epoch):
              for part in zip(*(each.split(ghost_batch(args)) for each in batch))
              if len(part[0]) > 1 or ghost_batch(args) == 1)
     network, momenta = average.module, [norm.momentum for norm in norms]
-    if not any(isinstance(module, kinds) for module in network.head.modules()):
-        network = Features(network)
+    in_head = any(isinstance(module, kinds) for module in network.head.modules())
     for norm in norms:  # not torch's update_bn, which resets frozen layers, so that those behind them see other inputs
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
-    for part in parts:
-        network(*part)
+    for images, targets in parts:
+        network(images, targets) if in_head else network.features(images)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     running = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
@@ -58,14 +57,3 @@ def estimate_statistics(average, batches, args, epoch):
             buffer.copy_(total / count)
         norm.num_batches_tracked.copy_(count.squeeze())
     average.eval()
-
-
-class Features(torch.nn.Module):
-    """(images, targets) -> features: a network without its head."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images, targets):
-        return self.network.features(images)

@@ -180,10 +180,13 @@ def spell_out_coef(args, chosen):
         args.given = args.given - {'coef'} | {weights[0]}
 
 
-def by_position(args):
-    """Whether what the chosen methods do at a step depends on the share of the training that is behind it."""
-    return bool(args.method and (args.method_start or args.method_ramp or begins(args))) or any(
-        _answer(name, 'by_position', args) for name in args.method)
+def by_position(args, part=None):
+    """Whether what the chosen methods do at a step, or those that have `part`, depends on the share of the training
+    that is behind it.
+    """
+    return any(args.method_start or args.method_ramp or _answer(name, 'begins', args)
+               or _answer(name, 'by_position', args)
+               for name in args.method if part is None or hasattr(METHODS[name], part))
 
 
 def _coef_flag(name):
@@ -319,13 +322,6 @@ def build_criterion(args, model, class_counts=None):
             layers = _call(METHODS[name].layers, args) if hasattr(METHODS[name], 'layers') else None
             terms.append((term, Activations(model, layers) if layers else None))
     return Criterion(terms, weight, args.label_smoothing)
-
-
-def tells_criterion(args):
-    """Whether the loss of a chosen method changes with the position in training."""
-    return any(hasattr(METHODS[name], 'loss_term') and (
-        args.method_start or args.method_ramp or _answer(name, 'begins', args) or _answer(name, 'by_position', args))
-        for name in args.method)
 
 
 def scaled_options(args):

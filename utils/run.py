@@ -78,7 +78,7 @@ class Run:
             schedule.made_with(group)
         self.scaled_options = methods.scaled_options(args)
         methods.check_optimizer(args, optimizer)
-        self.tells_criterion = methods.tells_criterion(args)
+        self.tells_criterion = methods.by_position(args, 'loss_term')
         self.told_before_steps = [module for module in model.modules() if hasattr(module, 'before_step')]
         self.meter = self.bar = self.logger = self.setting = None
         self.changes = []  # of the setting, in the middle of training

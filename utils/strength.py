@@ -39,9 +39,9 @@ def apply(run, criterion, step):
     changes on the way, which that function would not be told.
     """
     if run.tells_criterion and not hasattr(criterion, 'before_step'):
-        raise UserError('the loss of the chosen method changes on the way, which strength.apply tells criterion.before_'
-                        'step, and the criterion of the loop has none; where it calls that of build_criterion, give it '
-                        "that one's: criterion.before_step = built.before_step")
+        raise UserError('the loss of the chosen method changes on the way, which strength.apply tells '
+                        'criterion.before_step, and the criterion of the loop has none; where it calls that of '
+                        "build_criterion, give it that one's: criterion.before_step = built.before_step")
     steps = run.args.epochs * run.steps_per_epoch
     now = at(step, steps, run.args)
     for part in (*run.told_before_steps, criterion, run.optimizer):
