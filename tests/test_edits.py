@@ -107,6 +107,23 @@ def test_an_epoch_that_the_loop_ends_early_is_ended_like_any_other(monkeypatch, 
         call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/b')
 
 
+def test_a_flag_that_the_loop_sets_and_nothing_reads_is_told_once(monkeypatch, tmp_path, capfd):
+    def edit(run, batch, step):
+        if step == 1:
+            run.args.label_smoothing, run.args.flood, run.args.clip_norm = 0.3, 0.1, None  # clip_norm: as it was
+
+    at_each_step(monkeypatch, edit)
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/a')
+    assert [line for line in capfd.readouterr().out.splitlines() if 'the loop has set' in line] == [
+        'the loop has set args.label_smoothing, which nothing has read since; what was made from it before the loop '
+        'stays as it was']
+    edited_fit(monkeypatch, after=lambda run, epoch, *_: setattr(run.args, 'mixup', 1.0 + epoch))
+    call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/b')
+    told = capfd.readouterr().out
+    assert told.count('the loop has set args.mixup') == 1
+    assert told.index('epoch 1/2 |') < told.index('the loop has set args.mixup') < told.index('epoch 2/2 |')
+
+
 def test_a_batch_that_the_loop_skips_counts_as_one_without_images(monkeypatch, tmp_path):
     """Also in a checkpoint of the middle of an epoch, from which the run goes on."""
     steps, killed = cifar.Run.steps, []

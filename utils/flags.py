@@ -173,7 +173,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if action.dest in inherited.keys() - given.keys():
                 self._check_inherited(action, inherited[action.dest])
-        return argparse.Namespace(**{**declared, **inherited, **given}, given=set(given))
+        return Arguments(**{**declared, **inherited, **given}, given=set(given))
 
     def _append_positional(self, read, words):
         """Add `words`, which follow a bare `--`, to the positional values in `read`."""
@@ -230,6 +230,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         distributed.pause_unless_first()
         self.exit(2, f'{self.prog}: error: {shown(message)}\n')
+
+
+class Arguments(argparse.Namespace):
+    """The flags, name -> value. From `watch` on it sees which of them are set, and which of these are read again."""
+
+    __slots__ = ('_set',)  # name -> whether it was read after it was set first
+
+    def watch(self):
+        self._set = {}
+
+    def __setattr__(self, name, value):
+        if name != '_set' and hasattr(self, '_set') and vars(self).get(name) != value:
+            self._set.setdefault(name, False)
+        super().__setattr__(name, value)
+
+    def __getattribute__(self, name):
+        if not name.startswith('_') and hasattr(self, '_set') and name in self._set:
+            self._set[name] = True
+        return super().__getattribute__(name)
+
+    def not_read(self):
+        """The names that were set since `watch` and not read after it; each is told once."""
+        names = [name for name, read in self._set.items() if not read]
+        self._set.update(dict.fromkeys(names, True))
+        return names
 
 
 class _Formatter(argparse.HelpFormatter):

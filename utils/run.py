@@ -124,6 +124,7 @@ class Run:
         state['best'] = distributed.broadcast(state['best'])
         if self.test_every > 1:
             self.say(f'tested after every {self.test_every} epochs and after the last; --test-every 1 tests after each')
+        args.watch()
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -202,6 +203,9 @@ class Run:
             return
         epoch, self.left, self.bar = self.left, None, None
         self._keep_rate(epoch)
+        for name in self.args.not_read():
+            self.say(f'the loop has set args.{name}, which nothing has read since; what was made from it before the '
+                     'loop stays as it was')
         self._check_losses(self.meter.of_all_processes(), epoch)
         if self.args.swa is not None and (epoch + 1) / self.args.epochs > self.args.swa:
             self.average.update_parameters(self.model)
