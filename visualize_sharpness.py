@@ -1,9 +1,9 @@
 """Draw how loss and accuracy change around checkpoints, on the training and the test images.
 
-    python visualize_sharpness.py FIRST SECOND                  along (1 - alpha) FIRST + alpha SECOND python
-    visualize_sharpness.py FILE --directions 5           along random filter-normalised directions, FILE at alpha 0
-    python visualize_sharpness.py FILE --surface                over the plane of two such directions python
-    visualize_sharpness.py FILE FILE ... --compare       the directions of several checkpoints in one figure
+    python visualize_sharpness.py FIRST SECOND               along (1 - alpha) FIRST + alpha SECOND
+    python visualize_sharpness.py FILE --directions 5        along random filter-normalised directions, FILE at alpha 0
+    python visualize_sharpness.py FILE --surface             over the plane of two such directions
+    python visualize_sharpness.py FILE FILE ... --compare    the directions of several checkpoints in one figure
 
 Writes a table (CSV) that grows point by point, its settings (JSON), and pictures (PNG, PDF). A scan that was broken
 off goes on with the same command. The checkpoints are never changed.

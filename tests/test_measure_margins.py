@@ -354,6 +354,10 @@ def test_what_was_measured_is_not_measured_again_and_what_is_new_is_added(runs, 
     assert held[:2] == json.loads(first) and [entry['measure'] for entry in held] == ['angles'] + ['margins'] * 3
     assert held[2]['result']['log10 of the product of norms'] > 0 and not held[1]['settings']['spectral']
     assert [entry['settings']['images']['mode'] for entry in held] == ['test'] * 3 + ['train']
+    call(monkeypatch, script, f'{command} --margins --precision fp64')
+    *_, last = json.loads(path.read_text())
+    assert last['settings']['precision'] == 'fp64' and last['settings']['checkpoint'] == held[0]['settings'][
+        'checkpoint']
 
 
 def test_what_another_process_adds_meanwhile_is_kept(tmp_path):

@@ -92,6 +92,19 @@ def test_a_number_that_is_not_finite_is_left_out(value, runs, monkeypatch, capsy
     assert 'nan' not in printed and f'left out: {runs}/dma/3 (no finite angular margin was measured' in printed
 
 
+def test_images_that_do_not_count_are_told(runs, monkeypatch, capsys):
+    for seed, missing in ((2, 1), (4, 3)):
+        entry = margins(15.0 + seed)
+        entry['result']['angular margin']['not found'] = missing
+        (runs / f'dma/{seed}/checkpoint-margins.json').write_text(json.dumps([entry]))
+    call(monkeypatch, compare, f'{runs} --measured "angular margin"')
+    number = IMAGES['number']
+    assert ('not all images: angular margin of 2 runs is without those where it was not found, '
+            f'1 of {number} in {runs}/dma/2, 3 of {number} in {runs}/dma/4') in capsys.readouterr().out
+    call(monkeypatch, compare, f'{runs} --measured "mean angle between class means"')
+    assert 'not all images' not in capsys.readouterr().out
+
+
 def test_what_was_measured_of_an_earlier_checkpoint_does_not_count(runs, monkeypatch, capsys):
     def of(crc32, value, epoch=3):
         entry = margins(value, epoch=epoch)

@@ -125,6 +125,16 @@ def test_a_verdict_needs_both(interval, p, expected):
     assert verdict(interval, p, *UP[::-1]) == mirrored
 
 
+@pytest.mark.parametrize('exponent', [-700, -366, 0, 1000])
+def test_the_size_of_the_unit_decides_nothing(exponent):
+    """As where a margin is divided by a product of many norms, of which the bootstrap takes cubes."""
+    whole = [3.1, 2.7, 3.3, 2.9, 3.6, 2.5, 3.0, 3.2]
+    differences = [math.ldexp(each, exponent) for each in whole]
+    assert paired(differences) == tuple(math.ldexp(end, exponent) for end in paired(whole))
+    assert verdict(paired(differences), sign_flip(differences), *UP) == 'better'
+    assert verdict(Interval(1.0, math.nan, math.nan), 0.01, *UP) == 'not shown'
+
+
 def test_fewer_than_six_pairs_show_nothing_whatever_they_are():
     for pairs in range(6):
         differences = [100.0 + each for each in range(pairs)]

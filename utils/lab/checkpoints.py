@@ -278,10 +278,12 @@ def _bare(path):
 
 
 def description(subject):
-    """What tells this checkpoint from others, wherever it lies: its epoch, and a check sum of its weights and buffers.
+    """What tells this checkpoint from others, wherever it lies: its epoch, and a check sum of its weights and buffers,
+    which is the same in each --precision.
     """
     number = 0
     for tensor in subject.model.state_dict().values():
+        tensor = tensor.float() if tensor.dtype == torch.float64 else tensor  # as they are in the checkpoint
         number = zlib.crc32(tensor.cpu().contiguous().numpy(), number)
     return {'epoch': subject.state['epoch'], 'crc32': number}
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+from typing import NamedTuple
 
 from utils.errors import UserError
 from utils.files import read_json
@@ -45,10 +46,11 @@ def of_measured(name, statistic):
 def add_measured(runs, names, statistic):
     """Put into the `values` of each run the numbers of these names, None where a run has none.
 
-    UserError for a name that no run has, or where two runs were measured in different ways: with other images, layers,
-    precision or settings. Only the images that a run's seed draws, those of training and validation, may be others in
-    runs of other seeds.
+    Returns lines about images that do not count, as what was measured of them is not finite. UserError for a name that
+    no run has, or where two runs were measured in different ways: with other images, layers, precision or settings.
+    Only the images that a run's seed draws, those of training and validation, may be others in runs of other seeds.
     """
+    lines = []
     found = [numbers_of(one, statistic) for one in runs]
     known = list(dict.fromkeys(name for held in found for name, _ in held))
     for name in names:
@@ -63,18 +65,31 @@ def add_measured(runs, names, statistic):
                             f'{_differing(first, second)}; measure all in one command, and move away the files of '
                             'other measurements')
         way, = shared
-        images = {}
+        images, lacking = {}, []
         for one, held in zip(runs, found):
-            one.values[name], drawn = held.get((name, way), (None, None))
+            one.values[name], drawn, missing = held.get((name, way), Number(None, None, 0))
+            lacking += [(one.folder, missing)] if missing else []
             if drawn is not None and images.setdefault(one.seed, (drawn, one.folder))[0] != drawn:
                 raise UserError(f'{name} was measured on other images in {one.folder} than in '
                                 f'{images[one.seed][1]}, a run of the same seed; measure both again, with the same '
                                 '--mode, --images and --no-augment')
+        if lacking:
+            number = json.loads(way)['images']['number']
+            lines.append(f'not all images: {name} of {len(lacking)} runs is without those where it was not found, '
+                         + ', '.join(f'{missing} of {number} in {folder}' for folder, missing in lacking))
+    return lines
+
+
+class Number(NamedTuple):
+    """What was measured of a run, over the images."""
+    value: float | None
+    drawn: int | None  # a check sum of the images, if the run's seed may have drawn them
+    missing: int  # images that do not count
 
 
 def numbers_of(one, statistic):
-    """(name, how it was measured, as text) -> (number, a check sum of the images if a run's seed may have drawn them,
-    else None), of all measurements of a run's result; of a checkpoint that has been replaced since they do not count.
+    """(name, how it was measured, as text) -> `Number`, of all measurements of a run's result; of a checkpoint that has
+    been replaced since they do not count.
     UserError where a file has one of them twice, of other images, or none of the result.
     """
     found, epoch = {}, one.best_epoch if one.chosen else max(one.curve)
@@ -98,8 +113,8 @@ def numbers_of(one, statistic):
                 settings |= {'images': images}
                 settings.pop('validation', None)  # images that a run's seed draws
                 way = json.dumps(settings, sort_keys=True)
-                for name, value in _named(entry, statistic):
-                    if found.setdefault((name, way), (value, drawn))[1] != drawn:
+                for name, value, missing in _named(entry, statistic):
+                    if found.setdefault((name, way), Number(value, drawn, missing)).drawn != drawn:
                         raise UserError(f'{path} has {name} of two sets of {images["mode"]} images; move it away and '
                                         'measure again')
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -109,7 +124,7 @@ def numbers_of(one, statistic):
 
 
 def _named(entry, statistic):
-    """(name, number) pairs of an entry of either script, those that are defined and finite."""
+    """(name, number, how many images do not count in it) of an entry of either script, where the number is finite."""
     result, places = entry['result'], SHARPNESS.get(entry['measure'])
     if places is None:
         values = {name: held[statistic] if isinstance(held, dict) else held for name, held in result.items()}
@@ -119,7 +134,8 @@ def _named(entry, statistic):
             values[f'{entry["settings"]["images"]["mode"]} loss'] = values.pop('loss')
     for name, value in values.items():
         if value is not None and math.isfinite(value):
-            yield name, float(value)
+            held = result.get(name)
+            yield name, float(value), held.get('not found', 0) if isinstance(held, dict) else 0
 
 
 def _at(held, place):

@@ -55,12 +55,13 @@ def paired(differences):
         return None
     from scipy import stats
 
-    mean = statistics.fmean(differences)
-    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # equal but for rounding: nothing to draw from
+    mean, largest = statistics.fmean(differences), np.abs(differences).max()
+    if np.ptp(differences) <= 1e-12 * largest:  # equal but for rounding: nothing to draw from
         return Interval(mean, mean, mean)
-    result = stats.bootstrap((differences,), np.mean, method='BCa', n_resamples=RESAMPLES,
+    _, exponent = np.frexp(largest)  # a power of 2, which rounds nothing: the cubes of what is very small would be 0
+    result = stats.bootstrap((np.ldexp(differences, -exponent),), np.mean, method='BCa', n_resamples=RESAMPLES,
                              random_state=np.random.default_rng(0))
-    return Interval(mean, *map(float, result.confidence_interval))
+    return Interval(mean, *(float(np.ldexp(end, exponent)) for end in result.confidence_interval))
 
 
 def sign_flip(differences):
@@ -90,9 +91,9 @@ def verdict(interval, p, above, below):
     """The word `above` or `below` if the paired interval is above or below 0 and the corrected p is at most 0.05; else
     'not shown'.
     """
-    if interval is None or p is None or p > LEVEL or interval.low <= 0 <= interval.high:
+    if interval is None or p is None or p > LEVEL:
         return 'not shown'
-    return above if interval.low > 0 else below
+    return above if interval.low > 0 else below if interval.high < 0 else 'not shown'
 
 
 def needed(pairs):
