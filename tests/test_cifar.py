@@ -80,18 +80,18 @@ def reference(tmp_path_factory):
 
 # Exactness
 
-def test_the_same_seed_gives_the_same_bits(reference, tmp_path):
+def test_the_same_seed_gives_the_same_bits(reference, monkeypatch, tmp_path):
     finish(start(f'{RUN} --checkpoint {tmp_path}/again'))
     assert_same_run(f'{tmp_path}/again', reference)
     other = torch.load(f'{reference}/checkpoint.pth.tar', weights_only=True)
-    finish(start(f'{RUN} --manualSeed 124 --checkpoint {tmp_path}/other'))
+    call(monkeypatch, f'{RUN} --manualSeed 124 --checkpoint {tmp_path}/other')
     different = torch.load(f'{tmp_path}/other/checkpoint.pth.tar', weights_only=True)
     assert not torch.equal(different['state_dict']['head.weight'], other['state_dict']['head.weight'])
 
 
 @pytest.mark.parametrize('kill, epochs_done', [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 1),
                                                (signal.SIGTERM, 2)])
-def test_stopped_in_the_middle_of_an_epoch_and_resumed(kill, epochs_done, reference, tmp_path):
+def test_stopped_in_the_middle_of_an_epoch_and_resumed(kill, epochs_done, reference, monkeypatch, tmp_path):
     folder = tmp_path / 'a run'
     process = start(f'{RUN} --checkpoint {shlex.quote(str(folder))}')
     path = folder / 'checkpoint.pth.tar'
@@ -108,16 +108,16 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(kill, epochs_done, refere
         assert process.returncode == 128 + kill
         assert f'Resume with: python cifar.py {resume}' in stderr and 'Traceback' not in stderr
     assert torch.load(folder / 'checkpoint.pth.tar', weights_only=True)['epoch'] < 4
-    finish(start(resume))
+    call(monkeypatch, resume)
     assert_same_run(folder, reference)
 
 
-def test_rows_of_epochs_that_no_checkpoint_has_are_dropped(reference, tmp_path):
+def test_rows_of_epochs_that_no_checkpoint_has_are_dropped(monkeypatch, tmp_path):
     folder = tmp_path / 'run'
-    finish(start(f'{RUN} --epochs 2 --schedule 1 --lr-schedule step --checkpoint {folder}'))
+    call(monkeypatch, f'{RUN} --epochs 2 --schedule 1 --lr-schedule step --checkpoint {folder}')
     rows = (folder / 'log.txt').read_text()
     (folder / 'log.txt').write_text(rows + '3\t0.1\t9\t9\t9\t9\t9\t9\t9\n4\t0.')
-    finish(start(f'--resume {folder}/checkpoint.pth.tar --epochs 3'))
+    call(monkeypatch, f'--resume {folder}/checkpoint.pth.tar --epochs 3')
     resumed = (folder / 'log.txt').read_text()
     assert resumed.startswith(rows) and resumed.count('\n') == rows.count('\n') + 1 and '\t9\t' not in resumed
 
