@@ -39,8 +39,8 @@ def parse_arguments():
     parser.add_argument('--error', action='store_true', help='100 minus each accuracy')
     parser.add_argument('--grid', action='store_true',
                         help='a row for each DIR, such as a condition, named by DIR/condition.txt if that is there, '
-                             'and a column for each folder in it, such as a method; p-values are corrected within a '
-                             'row')
+                             'and a column for each folder in it, such as a method, in a table for each metric; '
+                             'p-values are corrected within a row')
     parser.add_argument('--baseline', metavar='FLAGS',
                         help='compare with this row, such as "(none)" (each row with its own flags without a method); '
                              'with --grid a column (none)')
@@ -50,7 +50,7 @@ def parse_arguments():
                                                           'stderr')
     parser.add_argument('--plot', type=file_path, metavar='FILE',
                         help='draw into a .png or .pdf: top-1 accuracy over epochs, of runs that were tested once the '
-                             'differences with their intervals, or with --grid the grid, in colours')
+                             'differences with their intervals, or with --grid that of the first metric, in colours')
     args = parser.parse_args()
     if not args.folders:
         parser.error('name the folders of the runs to compare, such as checkpoints/*')
@@ -60,8 +60,8 @@ def parse_arguments():
     args.metrics = {name: METRICS[name] if name in METRICS else of_measured(name, args.statistic) for name in names}
     if args.error and not any(metric.accuracy for metric in args.metrics.values()):
         parser.error(f'--error turns accuracies around, and --metric {" ".join(names)} names none')
-    if args.grid and (len(args.metrics) > 1 or args.csv):
-        parser.error('--grid has one number in each cell: one --metric or --measured, and no --csv')
+    if args.grid and args.csv:
+        parser.error('--grid has a result and a difference in each cell, which --csv does not write')
     if args.grid and args.baseline is None:
         args.baseline = 'none'
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf')):
@@ -76,8 +76,7 @@ def main():
     folders, without = find_runs(args.folders)
     flags = Flags(next(filter(None, map(script_of, folders)), 'cifar.py'))
     runs, others = read_runs(folders, flags, list(map(os.path.normpath, args.folders)) if args.grid else ())
-    if args.measured:
-        add_measured(runs, args.measured, args.statistic)
+    others += add_measured(runs, args.measured, args.statistic)
     runs, lacking = with_metrics(runs, args.metrics)
     others += lacking + without
     notes, between = sys.stderr if args.csv else sys.stdout, '\n\n' if args.markdown else '\n'
@@ -86,8 +85,10 @@ def main():
         raise UserError(f'none of the {len(folders)} runs can be compared')
     if args.grid:
         rows = rows_of_grid(args, runs, flags, others)
-        print(*in_columns(list(cells_of_grid(args, rows)), args.markdown), sep='\n', end='\n\n')
-        print(*explained_grid(args, runs, rows), sep=between, end=between)
+        for metric in args.metrics:
+            print(*in_columns(list(cells_of_grid(args, rows, metric)), args.markdown), sep='\n', end='\n\n')
+            print(told_of_metrics(args, runs, [metric]), end=between)
+        print(*explained_grid(args, rows), sep=between, end=between)
         if args.plot:
             from utils.lab import plots  # a second of import time that a table should not pay
 
@@ -153,29 +154,27 @@ def rows_of_grid(args, runs, flags, others):
     return dict(zip(names_of_rows(list(rows)), rows.values()))
 
 
-def cells_of_grid(args, rows):
+def cells_of_grid(args, rows, metric):
     """Lines of words, the header first: a condition, its numbers of seeds, its cells."""
-    form = next(iter(args.metrics.values())).form
     columns = columns_of_grid(args, rows)
     yield ['condition', 'n', *columns]
     for label, row in rows.items():
         seeds = {min(cell['n'] for cell in row.values()), max(cell['n'] for cell in row.values())}
         yield [label, '-'.join(map(str, sorted(seeds))),
-               *(as_cell(row[name], args, form) if name in row else '' for name in columns)]
+               *(as_cell(row[name], args, metric) if name in row else '' for name in columns)]
 
 
 def columns_of_grid(args, rows):
     return list(dict.fromkeys([args.baseline, *(column for row in rows.values() for column in row)]))
 
 
-def explained_grid(args, runs, rows):
+def explained_grid(args, rows):
     """What the cells are, in sentences."""
-    metric = next(iter(args.metrics.values()))
-    yield next(explained(args, runs, []))
+    words = dict.fromkeys(word for metric in args.metrics.values() for word in (metric.higher, metric.lower))
     yield (f'A cell: verdict, mean difference to `{args.baseline}` over the seeds that both have, with its 95% BCa '
-           f'bootstrap interval; after the semicolon the result. {metric.higher.capitalize()} or {metric.lower}: the '
-           'interval excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these '
-           'differences (drawn ones above 16 pairs), corrected for the cells of the row (Holm).')
+           f'bootstrap interval; after the semicolon the result. {" or ".join(words).capitalize()}: the interval '
+           'excludes 0, and p is at most 0.05, two-sided, among all changes of the signs of these differences (drawn '
+           'ones above 16 pairs), corrected for the cells of the row (Holm).')
     for label, row in rows.items():
         pairs = [cell['pairs'] for cell in row.values() if cell['pairs'] is not None]
         if args.baseline not in row:
@@ -212,16 +211,17 @@ def without_shared_parts(paths):
     return [shown(os.sep.join(each)) for each in parts]
 
 
-def as_cell(row, args, form):
+def as_cell(row, args, name):
     """A result, and behind it the paired difference with its verdict, in bold if it is one of the two that show."""
-    metric = next(iter(args.metrics.values()))
-    value, verdict = as_text(row[metric.column], form), row['verdict']
+    metric, label = args.metrics[name], prefix(name, args)
+    value, difference, verdict = as_text(row[metric.column], metric.form), *(
+        row[label + column] for column in ('paired difference', 'verdict'))
     if verdict is None:
         return value
-    if row['paired difference'] is None:
+    if difference is None:
         return f'{TOO_FEW}; {value}'
     word = f'**{verdict}**' if args.markdown and verdict in (metric.higher, metric.lower) else verdict
-    return f'{word} {as_text(row["paired difference"], f"+{form}")}; {value}'
+    return f'{word} {as_text(difference, f"+{metric.form}")}; {value}'
 
 
 def in_columns(lines, markdown):
@@ -269,11 +269,7 @@ def as_text(value, form):
 
 def explained(args, runs, rows):
     """What the columns are, in sentences."""
-    metrics = '; '.join(metric.meaning.replace('accuracy', 'error') if args.error and metric.accuracy else
-                        metric.meaning for metric in args.metrics.values())
-    epochs = {'of the epoch chosen by validation' if one.chosen else 'of the last epoch' for one in runs}
-    yield (f'{metrics[0].upper()}{metrics[1:]}; {" or ".join(sorted(epochs, reverse=True))}: mean +- standard '
-           'deviation over n seeds.')
+    yield told_of_metrics(args, runs, args.metrics)
     compared = [row['pairs'] for row in rows if row['pairs'] is not None]
     if not compared:
         return
@@ -285,6 +281,15 @@ def explained(args, runs, rows):
     if needed := statistics.needed(compared):
         yield (f'With {max(compared)} seeds that both have, nothing can be shown for {len(compared)} '
                f'row{"s" * (len(compared) > 1)}, however large the difference; it takes {needed} seeds.')
+
+
+def told_of_metrics(args, runs, names):
+    """What the numbers of these metrics are, and of which epochs, in a sentence."""
+    told = '; '.join(metric.meaning.replace('accuracy', 'error') if args.error and metric.accuracy else metric.meaning
+                     for metric in map(args.metrics.get, names))
+    epochs = {'of the epoch chosen by validation' if one.chosen else 'of the last epoch' for one in runs}
+    return (f'{told[0].upper()}{told[1:]}; {" or ".join(sorted(epochs, reverse=True))}: mean +- standard deviation '
+            'over n seeds.')
 
 
 def write_csv(rows, columns, shared):

@@ -174,9 +174,17 @@ def test_a_grid_has_conditions_as_rows_and_methods_as_columns(conditions, monkey
     assert amp.startswith('not shown +0.14 [')
     assert wrong.startswith('| wrong | 7 | 73.00 +- 2.16 | **worse** -1.97 [') and wrong.endswith(' |  |')
     assert 'for the cells of the row' in cells and environment.startswith('Commit ')
+    alone = {}
+    for metric in ('top1', 'loss'):
+        call(monkeypatch, *conditions, '--grid', '--markdown', '--metric', metric)
+        alone[metric] = capsys.readouterr().out.splitlines()[:6]
+    call(monkeypatch, *conditions, '--grid', '--markdown', '--metric', 'top1', 'loss')
+    both = capsys.readouterr().out.splitlines()
+    assert both[:6] + both[7:13] == alone['top1'] + alone['loss'] and 'Better or worse: the interval' in both[14]
 
 
-@pytest.mark.parametrize('flags, sign', [('', 1), ('--error', -1), ('--metric loss', -1)])
+@pytest.mark.parametrize('flags, sign', [('', 1), ('--error', -1), ('--metric loss', -1),
+                                         ('--metric loss top1', -1)])
 def test_a_grid_is_drawn_blue_where_it_is_better(conditions, monkeypatch, flags, sign):
     figures = []
     monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
@@ -752,8 +760,7 @@ def test_a_mixed_run_is_left_out(finished, table, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize('words, sentence', [
     ([], 'name the folders'), (['.', '--markdown', '--csv'], 'not allowed with'), (['.', '--unknown'], '--unknown'),
     (['.', '--plot', 'x.jpg'], '--plot must end in .png or .pdf, was given x.jpg'),
-    (['.', '--grid', '--metric', 'top1', 'ece'], '--grid has one number in each cell'),
-    (['.', '--grid', '--csv'], '--grid has one number in each cell'),
+    (['.', '--grid', '--csv'], '--grid has a result and a difference in each cell, which --csv does not write'),
 ])
 def test_errors_of_the_command_line_are_one_sentence(words, sentence, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:

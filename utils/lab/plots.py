@@ -65,20 +65,22 @@ def shown_name(metric, args):
 
 
 def grid(path, rows, columns, args):
-    """Draw the mean paired difference of each condition and method: blue where it is shown to be better, or higher, red
-    where it is worse, the darker the larger; grey where nothing is shown. The column of the baseline has its result.
+    """Draw the mean paired difference of each condition and method in the first metric: blue where it is shown to be
+    better, or higher, red where it is worse, the darker the larger; grey where nothing is shown. The column of the
+    baseline has its result.
 
     rows: {condition: {column: its row of `summarise`}}. columns: what stands from left to right.
     """
-    metric, = args.metrics.values()
+    name, metric = next(iter(args.metrics.items()))
+    label = prefix(name, args)
     figure = Figure(figsize=(2.5 + 0.75 * len(columns), 1.6 + 0.4 * len(rows)), layout='constrained')
     axes, colours = figure.subplots(), colormaps['RdBu']
     cells = {(x, y): rows[condition][column] for y, condition in enumerate(rows) for x, column in enumerate(columns)
-             if column in rows[condition] and rows[condition][column]['paired difference']}
-    means = {place: cell['paired difference'].mean for place, cell in cells.items()}
+             if column in rows[condition] and rows[condition][column][f'{label}paired difference']}
+    means = {place: cell[f'{label}paired difference'].mean for place, cell in cells.items()}
     largest = max(map(abs, means.values()), default=0) or 1
     for (x, y), cell in cells.items():
-        good = {'better': 1, 'higher': 1, 'worse': -1, 'lower': -1}.get(cell['verdict'], 0)
+        good = {'better': 1, 'higher': 1, 'worse': -1, 'lower': -1}.get(cell[f'{label}verdict'], 0)
         strength = good * (0.3 + 0.7 * abs(means[x, y]) / largest)
         axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
                   color=colours(0.5 + 0.5 * strength) if good else '0.93', linewidth=0)
