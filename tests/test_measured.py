@@ -99,8 +99,8 @@ def test_images_that_do_not_count_are_told(runs, monkeypatch, capsys):
         (runs / f'dma/{seed}/checkpoint-margins.json').write_text(json.dumps([entry]))
     call(monkeypatch, compare, f'{runs} --measured "angular margin"')
     number = IMAGES['number']
-    assert ('not all images: angular margin of 2 runs is without those where it was not found, '
-            f'1 of {number} in {runs}/dma/2, 3 of {number} in {runs}/dma/4') in capsys.readouterr().out
+    assert (f'not all images: angular margin was not found of 1 of {number} in {runs}/dma/2, 3 of {number} in '
+            f'{runs}/dma/4; they do not count') in capsys.readouterr().out
     call(monkeypatch, compare, f'{runs} --measured "mean angle between class means"')
     assert 'not all images' not in capsys.readouterr().out
 

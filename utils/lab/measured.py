@@ -75,8 +75,8 @@ def add_measured(runs, names, statistic):
                                 '--mode, --images and --no-augment')
         if lacking:
             number = json.loads(way)['images']['number']
-            lines.append(f'not all images: {name} of {len(lacking)} runs is without those where it was not found, '
-                         + ', '.join(f'{missing} of {number} in {folder}' for folder, missing in lacking))
+            where = ', '.join(f'{missing} of {number} in {folder}' for folder, missing in lacking)
+            lines.append(f'not all images: {name} was not found of {where}; they do not count')
     return lines
 
 
