@@ -91,6 +91,7 @@ class Run:
         self.step = self.steps_made = 0
         self.seconds = 0.0  # of training in the epoch that is running or has just run
         self.rate = math.nan  # at the beginning of that epoch
+        args.watch()  # from here on what is set is the loop's
 
     def __enter__(self):
         args, state = self.args, self.state
@@ -124,7 +125,6 @@ class Run:
         state['best'] = distributed.broadcast(state['best'])
         if self.test_every > 1:
             self.say(f'tested after every {self.test_every} epochs and after the last; --test-every 1 tests after each')
-        args.watch()
         return self
 
     def __exit__(self, kind, error, traceback):
