@@ -76,7 +76,8 @@ def main():
     folders, without = find_runs(args.folders)
     flags = Flags(next(filter(None, map(script_of, folders)), 'cifar.py'))
     runs, others = read_runs(folders, flags, list(map(os.path.normpath, args.folders)) if args.grid else ())
-    others += add_measured(runs, args.measured, args.statistic)
+    if args.measured:
+        others += add_measured(runs, args.measured, args.statistic)
     runs, lacking = with_metrics(runs, args.metrics)
     others += lacking + without
     notes, between = sys.stderr if args.csv else sys.stdout, '\n\n' if args.markdown else '\n'

@@ -110,7 +110,8 @@ def test_an_epoch_that_the_loop_ends_early_is_ended_like_any_other(monkeypatch, 
 def test_a_flag_that_the_loop_sets_and_nothing_reads_is_told_once(monkeypatch, tmp_path, capfd):
     def edit(run, batch, step):
         if step == 1:
-            run.args.label_smoothing, run.args.flood, run.args.clip_norm = 0.3, 0.1, None  # clip_norm: as it was
+            run.args.label_smoothing, run.args.flood, run.args.clip_norm = 0.3, 0.1, None  # the last two are read
+        run.args.own = torch.ones(2)  # no flag, and set again
 
     at_each_step(monkeypatch, edit)
     call(monkeypatch, cifar, f'{RUN} -c {tmp_path}/a')

@@ -92,6 +92,12 @@ def test_a_number_that_is_not_finite_is_left_out(value, runs, monkeypatch, capsy
     assert 'nan' not in printed and f'left out: {runs}/dma/3 (no finite angular margin was measured' in printed
 
 
+def test_what_is_not_asked_for_is_not_read(runs, monkeypatch, capsys):
+    (runs / 'dma/3/checkpoint-margins.json').write_text('not JSON')
+    call(monkeypatch, compare, str(runs))
+    assert '82.50 +- 1.87' in capsys.readouterr().out
+
+
 def test_images_that_do_not_count_are_told(runs, monkeypatch, capsys):
     for seed, missing in ((2, 1), (4, 3)):
         entry = margins(15.0 + seed)

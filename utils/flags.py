@@ -235,25 +235,26 @@ class Parser(argparse.ArgumentParser):
 class Arguments(argparse.Namespace):
     """The flags, name -> value. From `watch` on it sees which of them are set, and which of these are read again."""
 
-    __slots__ = ('_set',)  # name -> whether it was read after it was set first
+    __slots__ = ('_watched',)  # name -> whether it has been set since; without those that were read after that
 
     def watch(self):
-        self._set = {}
+        self._watched = dict.fromkeys(vars(self), False)
 
     def __setattr__(self, name, value):
-        if name != '_set' and hasattr(self, '_set') and vars(self).get(name) != value:
-            self._set.setdefault(name, False)
+        if name in getattr(self, '_watched', ()):
+            self._watched[name] = True
         super().__setattr__(name, value)
 
     def __getattribute__(self, name):
-        if not name.startswith('_') and hasattr(self, '_set') and name in self._set:
-            self._set[name] = True
+        if not name.startswith('_') and getattr(self, '_watched', {}).get(name):
+            del self._watched[name]
         return super().__getattribute__(name)
 
     def not_read(self):
-        """The names that were set since `watch` and not read after it; each is told once."""
-        names = [name for name, read in self._set.items() if not read]
-        self._set.update(dict.fromkeys(names, True))
+        """The flags that were set since `watch` and not read after it; each is told once."""
+        names = [name for name, was_set in self._watched.items() if was_set]
+        for name in names:
+            del self._watched[name]
         return names
 
 
